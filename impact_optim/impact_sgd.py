@@ -1,0 +1,991 @@
+r"""ImpactSGD: stochastic gradient descent that learns an importance for every weight and drops weights by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach, _to_scalar, _use_grad_for_differentiable
+
+from .masking import Factor, Masking
+from .sampling import pareto_sample, uniform
+from .signals import SIGNALS
+from .simplex import LOG_BOUND, fill_target, keep_probability, log_mean_exp, mirror_step, perplexity, water_level
+
+__all__ = ["ImpactSGD", "TensorSummary", "impact_sgd"]
+
+_SCALE_DECAY = 0.9  # of the running mean of |h|
+_CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
+_RESCALE_FLOOR = 1e-3  # rescale="inverse" enlarges a kept weight a thousandfold at most
+_FOLLOW, _SOLVE = 1, 32  # Newton steps that follow a moving simplex, and that find the level of a new drop rate
+
+# Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it.
+_FLOAT32_STATE = ("log_importance", "log_normalizer", "signal_scale", "water_level")
+_IMPORTANCE_STATE = (*_FLOAT32_STATE, "water_target")
+_NEEDS_DIRECTION = ("hypergradient", "lookahead")
+
+
+class TensorSummary(NamedTuple):
+    """What :meth:`ImpactSGD.importance_summary` says of one tensor."""
+
+    name: str
+    numel: int
+    perplexity: float
+    """Effective number of weights by importance, from 1 to ``numel``."""
+    share_above_1_5: float
+    """Share of weights whose importance is above 1.5; the mean over the simplex is 1."""
+    max: float
+    drop_rate: float
+    """Expected share of dropped weights; the simplex as a whole has the group's drop rate."""
+
+
+class ImpactSGD(Optimizer):
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        drop_rate: float = 0.1,
+        importance: str = "saliency",
+        importance_lr: float = 0.01,
+        kl_weight: float = 1.0,
+        simplex: str = "group",
+        drop: str = "unimportant",
+        rescale: str = "inverse",
+        keep_floor: float = 0.01,
+        sampling: str = "bernoulli",
+        scale_steps: bool = False,
+        seed: int = 0,
+        per_rank_masks: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "drop_rate": drop_rate,
+            "importance": importance,
+            "importance_lr": importance_lr,
+            "kl_weight": kl_weight,
+            "simplex": simplex,
+            "drop": drop,
+            "rescale": rescale,
+            "keep_floor": keep_floor,
+            "sampling": sampling,
+            "scale_steps": scale_steps,
+            "seed": seed,
+            "per_rank_masks": per_rank_masks,
+            "step": 0,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        _check_options(defaults)
+        module = params if isinstance(params, nn.Module) else None
+        self._masking = Masking(self)
+        self._new_levels: list[tuple[list[Tensor], Tensor, float]] = []
+        super().__init__(params if module is None else module.parameters(), defaults)  # type: ignore[arg-type]
+        if module is not None:
+            self.attach(module)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # options that came after the checkpoint
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        if "_masking" not in self.__dict__:  # a copy or an unpickled optimizer is attached to nothing
+            self._masking = Masking(self)
+        self._masking.end_step()
+        self._new_levels = []
+
+    # ---------------------------------------------------------------- groups
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: an option is out of range, or a parameter is complex.
+        """
+        if isinstance(param_group, dict):
+            _check_options({**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.is_complex():
+                name = self._name(param)
+                self.param_groups.pop()
+                raise ValueError(
+                    f"ImpactSGD does not support complex parameters: {name} is {param.dtype}. Optimize the real tensor "
+                    "torch.view_as_real(param) instead"
+                )
+
+    def _owns(self, param: Tensor) -> bool:
+        return any(param is p for group in self.param_groups for p in group["params"])
+
+    def _name(self, param: Tensor) -> str:
+        """What to call a parameter in an error or in a table."""
+        for group in self.param_groups:
+            for p, name in zip(group["params"], group.get("param_names", ()), strict=False):
+                if p is param:
+                    return name
+        for root in self._masking.attached():
+            for name, p in root.named_parameters():
+                if p is param:
+                    return name
+        places = ((g, i, p) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"]))
+        g, i = next((g, i) for g, i, p in places if p is param)
+        return f"param_groups[{g}]['params'][{i}]"
+
+    @staticmethod
+    def _simplexes(group: dict[str, Any]) -> list[list[Tensor]]:
+        """The members of each simplex of a group: the trained tensors of two or more dimensions."""
+        members = [p for p in group["params"] if p.dim() >= 2 and p.numel() > 0 and p.requires_grad]
+        if group["simplex"] == "tensor":
+            return [[p] for p in members]
+        return [members] if members else []
+
+    # ---------------------------------------------------------------- masks
+
+    def attach(self, module: nn.Module) -> None:
+        """Shows masked weights to the training forward passes of a module.
+
+        A pass is masked where the module is in train mode and gradients are enabled. The masks stay the same until
+        :meth:`step`. The parameters themselves never change: evaluation, ``state_dict()``, copies, weight averages and
+        gradient clipping see the dense weights at any time, and ``param.grad`` is the dense gradient at the masked
+        weights. Of two ``ImpactSGD`` that share parameters, the one attached last masks them. Copies and pickles of an
+        attached module are plain modules.
+
+        Args:
+            module: holds parameters of this optimizer. With ``torch.compile`` or ``DistributedDataParallel`` either
+                the wrapper or the module inside; under ``fullgraph=True`` the wrapper.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: none of the module's parameters belongs to this optimizer.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"attach() takes a torch.nn.Module, but got {torch.typename(module)}")
+        if not any(self._owns(p) for p in module.parameters()):
+            raise ValueError(
+                f"attach() got a {type(module).__name__} none of whose parameters belongs to this optimizer; attach "
+                "the module whose parameters it was built with, or add them with add_param_group()"
+            )
+        self._masking.attach(module)
+
+    def detach(self, module: nn.Module | None = None) -> None:
+        """Undoes :meth:`attach` for one module, or for all of them.
+
+        Raises:
+            ValueError: the module is not attached.
+        """
+        if module is not None and module not in self._masking.attached():
+            raise ValueError(f"detach() got a {type(module).__name__} that is not attached to this optimizer")
+        self._masking.detach(module)
+
+    @contextmanager
+    def masked(self) -> Generator[None, None, None]:
+        """A scope in which the parameters hold the masked weights, for code that calls no attached module.
+
+        The forward and the backward pass belong inside. The dense weights are back when the scope ends or :meth:`step`
+        is called, whichever comes first. Scopes before one step see the same masks.
+
+        Raises:
+            RuntimeError: nested, or with ``per_rank_masks``, which needs :meth:`attach`.
+
+        Example:
+            >>> with optimizer.masked():
+            ...     loss_fn(model(input), target).backward()
+            >>> optimizer.step()
+        """
+        factors = self._masking.factors()
+        for param, factor in factors.items():
+            if not factor.dense_grad:
+                raise RuntimeError(
+                    "per_rank_masks needs attach(): in a masked() scope the ranks would average the gradient of "
+                    f"{self._name(param)} before it is masked"
+                )
+        with self._masking.substitute({param: factor.value for param, factor in factors.items()}):
+            self._masking.seen.update(factors)
+            yield
+
+    @contextmanager
+    def expected(self) -> Generator[None, None, None]:
+        """A scope in which the parameters hold the mean of the masked weights, to evaluate or to save.
+
+        With ``rescale="none"`` that is x ⊙ π. With ``rescale="inverse"`` it is the dense weights: nothing changes.
+
+        Raises:
+            RuntimeError: nested.
+        """
+        factors: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            if group["drop_rate"] > 0 and group["rescale"] == "none":
+                for members in self._simplexes(group):
+                    for p, keep in zip(members, self._keep(members, group)[0], strict=True):
+                        factors[p] = keep.to(p.dtype)
+        with self._masking.substitute(factors):
+            yield
+
+    @torch.no_grad()
+    def _draw_factors(self) -> dict[Tensor, Factor]:
+        """The masks of this step. The levels they were drawn at are kept only by the step itself."""
+        self._new_levels = []
+        factors: dict[Tensor, Factor] = {}
+        index = {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))}
+        for group in self.param_groups:
+            _check_options(group)
+            if group["drop_rate"] == 0:
+                continue
+            place = {"seed": group["seed"], "step": group["step"], "rank": _rank() if group["per_rank_masks"] else 0}
+            for members in self._simplexes(group):
+                keep, level, target = self._keep(members, group)
+                if level is not None:
+                    self._new_levels.append((members, level, target))
+                bits = 32 if group["sampling"] == "exact" else 16
+                u = [uniform(p.numel(), tensor=index[p], bits=bits, device=p.device, **place) for p in members]
+                u = [draw.view(p.shape) for draw, p in zip(u, members, strict=True)]
+                if group["sampling"] == "exact":
+                    masks = _exact_masks(keep, u, group["drop_rate"])
+                else:
+                    masks = [draw < k for draw, k in zip(u, keep, strict=True)]
+                for p, k, mask in zip(members, keep, masks, strict=True):
+                    value = mask / k.clamp_min(_RESCALE_FLOOR) if group["rescale"] == "inverse" else mask
+                    factors[p] = Factor(value.to(p.dtype), dense_grad=not group["per_rank_masks"])
+        return factors
+
+    @torch.no_grad()
+    def _keep(self, members: list[Tensor], group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, float]:
+        """Keep probabilities of a simplex, with the water level and its target where there is one."""
+        target = fill_target(group["drop_rate"], group["keep_floor"], group["drop"])
+        if group["importance"] == "uniform" or not 0.0 < target < 1.0:
+            return [torch.full((), 1.0 - group["drop_rate"], device=p.device) for p in members], None, target
+        self._init_importance(members)
+        state = self.state[members[0]]
+        log_w = [self.state[p]["log_importance"] for p in members]
+        normalizer = state["log_normalizer"]
+        follows = state["water_target"] == target
+        level = water_level(log_w, target, state["water_level"] - normalizer, _FOLLOW if follows else _SOLVE)
+        budget = {name: group[name] for name in ("drop_rate", "keep_floor", "drop")}
+        keep = [keep_probability(t, level.to(t.device), **budget) for t in log_w]
+        return keep, level + normalizer, target
+
+    def _init_importance(self, members: list[Tensor]) -> None:
+        """Importance 1 for members without one; the scalars of a simplex are one tensor in the state of each member."""
+        known = next((self.state[p] for p in members if "log_importance" in self.state[p]), None)
+        if known is None:
+            device = members[0].device
+            known = {name: torch.zeros((), dtype=torch.float32, device=device) for name in _FLOAT32_STATE[1:]}
+            known["water_target"] = 0.0  # no level has been solved for yet
+        for p in members:
+            state = self.state[p]
+            if "log_importance" not in state:
+                state.update((name, known[name]) for name in _IMPORTANCE_STATE[1:])
+                state["log_importance"] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+                state["log_importance"] += known["log_normalizer"].to(p.device)
+
+    # ---------------------------------------------------------------- step
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs a single optimization step.
+
+        A gradient that is not finite does to the weights what it does under :class:`torch.optim.SGD`; to the
+        importances it is no signal.
+
+        Args:
+            closure: computes fresh gradients and returns the loss. Required by ``importance="lookahead"``, which
+                calls it once more after the weights have moved.
+
+        Raises:
+            RuntimeError: masks are wanted and no forward pass has seen them, a gradient is sparse, or ``lookahead``
+                has no closure. Nothing has changed then.
+            ValueError: an option of a group is out of range.
+        """
+        for group in self.param_groups:
+            _check_options(group)
+            if group["importance"] == "lookahead" and closure is None:
+                raise RuntimeError('importance="lookahead" evaluates the loss a second time: call step(closure)')
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        self._masking.restore()
+
+        judged: list[tuple[dict[str, Any], list[Tensor], list[Tensor | None], list[Simplex]]] = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            momentum_buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params]
+            seen = [self._masking.seen.get(p) for p in params]
+            simplexes = self._load_simplexes(group, params)
+            impact_sgd(
+                params,
+                [p.grad for p in params],
+                momentum_buffers,
+                [factor.value if factor is not None and factor.dense_grad else None for factor in seen],
+                simplexes,
+                **{name: group[name] for name in _STEP_OPTIONS},
+            )
+            for p, buffer in zip(params, momentum_buffers, strict=True):
+                if buffer is not None:
+                    self.state[p]["momentum_buffer"] = buffer
+            if group["importance"] == "lookahead":
+                judged.append((group, params, momentum_buffers, simplexes))
+            else:
+                self._store_simplexes(simplexes)
+
+        if judged:
+            with torch.enable_grad():
+                closure()  # type: ignore[misc]
+            self._check_gradients()
+            self._masking.restore()
+            for group, params, momentum_buffers, simplexes in judged:
+                for simplex in simplexes:
+                    for k, i in enumerate(simplex.positions):
+                        if i is not None and (grad := params[i].grad) is not None:
+                            grad = -grad if group["maximize"] else grad
+                            h = _signal(group["importance"], params[i], grad, momentum_buffers[i], group["lr"])
+                            simplex.descend(k, h, group["importance_lr"], group["kl_weight"])
+                    simplex.finish()
+                self._store_simplexes(simplexes)
+
+        for members, level, target in self._new_levels:
+            for p in members:
+                self.state[p].update(water_level=level, water_target=target)
+        self._new_levels = []
+        for group in self.param_groups:
+            group["step"] += 1
+        self._masking.end_step()
+        return loss
+
+    def _check_gradients(self) -> None:
+        wanted = None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"ImpactSGD does not support sparse gradients: that of {self._name(p)} is sparse. Build the "
+                        "embedding with sparse=False, or give it to torch.optim.SGD or SparseAdam"
+                    )
+                if group["drop_rate"] > 0 and p.dim() >= 2 and p.numel() > 0 and p.requires_grad:
+                    wanted = p
+        if wanted is None or self._masking.seen:
+            return
+        if not any(True for _ in self._masking.attached()):
+            raise RuntimeError(
+                f"drop_rate > 0, but no forward pass can see the masks of {self._name(wanted)}: build the optimizer "
+                "with the module, ImpactSGD(model, ...), or call optimizer.attach(model), or run forward and backward "
+                "inside `with optimizer.masked():`, or set drop_rate=0"
+            )
+        raise RuntimeError(
+            f"drop_rate > 0, but no forward pass has seen the masks of {self._name(wanted)} since the last step: put "
+            "the attached module in train mode, enable gradients, and call it or a part of it; if another ImpactSGD "
+            "took its parameters over, attach it again; for steps without masks set drop_rate=0"
+        )
+
+    def _load_simplexes(self, group: dict[str, Any], params: list[Tensor]) -> list[Simplex]:
+        if group["importance"] == "uniform":
+            return []
+        position = {p: i for i, p in enumerate(params)}
+        simplexes = []
+        for members in self._simplexes(group):
+            if not any(p in position for p in members):
+                continue
+            self._init_importance(members)
+            state = self.state[members[0]]
+            simplexes.append(
+                Simplex(
+                    members,
+                    [position.get(p) for p in members],
+                    [self.state[p]["log_importance"] for p in members],
+                    state["log_normalizer"],
+                    state["signal_scale"],
+                )
+            )
+        return simplexes
+
+    def _store_simplexes(self, simplexes: list[Simplex]) -> None:
+        for simplex in simplexes:
+            for p in simplex.members:
+                self.state[p].update(log_normalizer=simplex.log_normalizer, signal_scale=simplex.signal_scale)
+
+    # ---------------------------------------------------------------- read-outs
+
+    @torch.no_grad()
+    def importance(self, param: Tensor) -> Tensor:
+        """The importances w of a parameter: its shape, float32, mean 1 over the simplex it belongs to.
+
+        Raises:
+            ValueError: not a parameter of this optimizer.
+        """
+        self._group_of(param)
+        state = self.state.get(param, {})
+        if "log_importance" not in state:
+            return torch.ones_like(param, dtype=torch.float32)
+        return (state["log_importance"] - state["log_normalizer"].to(param.device)).exp_()
+
+    @torch.no_grad()
+    def keep_probability(self, param: Tensor) -> Tensor:
+        """The probability π of each weight of a parameter to be kept by the next mask: its shape, float32.
+
+        Raises:
+            ValueError: not a parameter of this optimizer.
+        """
+        group = self._group_of(param)
+        if group["drop_rate"] > 0:
+            for members in self._simplexes(group):
+                for p, keep in zip(members, self._keep(members, group)[0], strict=True):
+                    if p is param:
+                        return keep.expand(param.shape).clone()
+        return torch.ones_like(param, dtype=torch.float32)
+
+    def importance_summary(self) -> list[TensorSummary]:
+        """What the importances of each maskable tensor look like, in the order of the parameters."""
+        rows = []
+        for group in self.param_groups:
+            for p in chain.from_iterable(self._simplexes(group)):
+                w, keep = self.importance(p), self.keep_probability(p)
+                rows.append(
+                    TensorSummary(
+                        name=self._name(p),
+                        numel=p.numel(),
+                        perplexity=perplexity([w.log()]).item(),
+                        share_above_1_5=(w > 1.5).float().mean().item(),
+                        max=w.max().item(),
+                        drop_rate=1.0 - keep.double().mean().item(),
+                    )
+                )
+        return rows
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(param is p for p in group["params"]):
+                return group
+        raise ValueError(
+            f"a tensor of shape {tuple(param.shape)} is no parameter of this optimizer: pass the parameter itself"
+        )
+
+    # ---------------------------------------------------------------- state dict
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state, as :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        A state dict of :class:`torch.optim.SGD`, or of an older version, loads too: what it lacks starts afresh.
+
+        Raises:
+            TypeError, ValueError: it does not fit. Nothing has changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
+            self._check_state_dict(final)
+            loaded.update(final)
+
+        handle = self.register_load_state_dict_pre_hook(check)  # the last one: it sees what the user's hooks made of it
+        restore = self.register_load_state_dict_post_hook(
+            lambda optimizer: self._restore_float32(loaded),
+            prepend=True,  # before the user's hooks look
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            restore.remove()
+
+    def _restore_float32(self, loaded: dict[str, Any]) -> None:
+        ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(ids, params, strict=True):
+            for name in _FLOAT32_STATE:
+                if name in loaded["state"].get(key, {}):
+                    value = loaded["state"][key][name]
+                    self.state[param][name] = value.to(param.device, torch.float32, copy=True)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key, kind in (("state", dict), ("param_groups", list)):
+            if not isinstance(state_dict.get(key), kind):
+                raise TypeError(
+                    f"state_dict[{key!r}] must be a {kind.__name__}, but is {type(state_dict.get(key)).__name__}; "
+                    "pass what ImpactSGD.state_dict() returned"
+                )
+        groups = state_dict["param_groups"]
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) if isinstance(group, dict) and "params" in group else None for group in groups]
+        if ours != theirs:
+            raise ValueError(
+                f"the state dict has parameter groups of sizes {theirs}, the optimizer of sizes {ours}; build the "
+                "optimizer with the groups it was saved with"
+            )
+        for own, group in zip(self.param_groups, groups, strict=True):
+            _check_options({**self.defaults, **{name: value for name, value in group.items() if name != "params"}})
+            for param, key in zip(own["params"], group["params"], strict=True):
+                self._check_param_state(self._name(param), param, state_dict["state"].get(key, {}))
+
+    def _check_param_state(self, name: str, param: Tensor, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise TypeError(f"the state of {name} must be a dict, but is {type(state).__name__}")
+        missing = [key for key in _IMPORTANCE_STATE if key not in state]
+        if "log_importance" in state and missing:
+            raise ValueError(f"the state of {name} lacks {missing}: it was not saved by ImpactSGD.state_dict()")
+        shapes = {"momentum_buffer": param.shape, "log_importance": param.shape}
+        shapes.update((key, torch.Size()) for key in _FLOAT32_STATE[1:])
+        for key, shape in shapes.items():
+            value = state.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise TypeError(f"{key} of {name} must be a floating point tensor, but is {_describe(value)}")
+            if value.shape != shape:
+                raise ValueError(
+                    f"{key} of {name} has shape {tuple(value.shape)}, but the optimizer needs {tuple(shape)}; load the "
+                    "state of the same model"
+                )
+            if key in _FLOAT32_STATE and not torch.isfinite(value).all():
+                raise ValueError(f"{key} of {name} is not finite; the state dict is damaged")
+        if "water_target" in state and not isinstance(state["water_target"], float):
+            raise TypeError(f"water_target of {name} must be a float, but is {_describe(state['water_target'])}")
+
+
+ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-driven DropConnect.
+
+    Every weight x of two-or-more-dimensional tensors has an importance w. The importances of a simplex of n weights are
+    non-negative with :math:`\sum w = n`, start at 1, and follow the problem
+
+    .. math::
+        \min_w \; L(f(x - w \odot \gamma d)) + \lambda \, \mathrm{KL}(w / n \,\|\, 	ext{uniform})
+
+    by mirror descent. One step, with g the gradient at the weights :math:`x \odot m / \pi` that the forward pass saw:
+
+    .. math::
+        egin{aligned}
+             &h \leftarrow 	extit{importance}(x, g, d, \gamma), \qquad
+              u \leftarrow \mathrm{clip}(h / \overline{|h|}, \pm 10)                                          \
+             &d \leftarrow \mu d + (1 - 	au) (g \odot m / \pi + eta x), \qquad
+              x \leftarrow x - \gamma d \quad (\gamma w \odot d 	ext{ with } 	extit{scale\_steps})       \
+             &\log w \leftarrow (\log w - \eta u) / (1 + \eta \lambda) + \mathrm{const}                     \
+             &\pi \leftarrow f + (1 - f) \min(1, c w), \quad c : \mathrm{mean}(\pi) = 1 - 	extit{drop\_rate}, \qquad
+              m \sim \mathrm{Bernoulli}(\pi)
+        \end{aligned}
+
+    where :math:`\overline{|h|}` is the running mean over the simplex, so that η and λ carry over between layers, models
+    and learning rates. With ``drop_rate=0`` and ``scale_steps=False`` the trajectory is that of
+    :class:`torch.optim.SGD`, bit for bit. Tensors of fewer dimensions take the plain SGD step.
+
+    Args:
+        params (Module or iterable): a module, which is attached at once (:meth:`attach`); or, as everywhere in
+            torch.optim, an iterable of parameters, of named parameters, or of dicts that define parameter groups. All
+            options can be given per group.
+        lr (float, Tensor, optional): learning rate γ (default: 1e-3)
+        momentum (float, optional): momentum factor μ (default: 0)
+        dampening (float, optional): dampening τ for momentum (default: 0)
+        weight_decay (float, optional): weight decay β (L2 penalty), of the dense weights (default: 0)
+        nesterov (bool, optional): enables Nesterov momentum (default: False)
+        drop_rate (float, optional): expected share of weights that a mask drops, in [0, 1) (default: 0.1)
+        importance (str, optional): the signal h, a name in :data:`impact_optim.SIGNALS`, or ``"uniform"`` for classic
+            DropConnect, which keeps no importances (default: ``"saliency"``)
+        importance_lr (float, optional): η, step size of the mirror descent (default: 0.01)
+        kl_weight (float, optional): λ, the temperature: a constant u leads to w ∝ exp(-u/λ); 0 lets one weight take
+            everything (default: 1)
+        simplex (str, optional): ``"group"``, one simplex over a parameter group, or ``"tensor"``, one per tensor
+            (default: ``"group"``)
+        drop (str, optional): what is dropped first, ``"unimportant"`` or ``"important"`` (default: ``"unimportant"``)
+        rescale (str, optional): ``"inverse"`` divides kept weights by π, so that the dense weights are what one
+            evaluates; ``"none"`` leaves them, and :meth:`expected` gives what to evaluate (default: ``"inverse"``)
+        keep_floor (float, optional): f, the smallest keep probability, at most ``1 - drop_rate`` (default: 0.01)
+        sampling (str, optional): ``"bernoulli"``, or ``"exact"`` for masks that drop exactly ``round(drop_rate * n)``
+            weights (default: ``"bernoulli"``)
+        scale_steps (bool, optional): scales each weight's step by its importance (default: False)
+        seed (int, optional): of the masks; give every data-parallel rank the same (default: 0)
+        per_rank_masks (bool, optional): draws other masks on every rank of ``torch.distributed``. The gradients are
+            then masked before the ranks average them, and the importances see no gradient of a dropped weight. By
+            default the ranks share their masks (default: False)
+        foreach (bool, optional): whether the foreach implementation is used; by default on CUDA (default: None)
+        maximize (bool, optional): maximizes the objective (default: False)
+        differentiable (bool, optional): whether autograd occurs through the step in training (default: False)
+
+    State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, float32, 4 bytes a weight, and
+    scalars of its simplex. While a step is under way, masks take the size of the parameters, and the masked weights
+    the same again until the backward pass has used them.
+
+    Example:
+        >>> optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, weight_decay=5e-4, drop_rate=0.1)
+        >>> for input, target in loader:
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(input), target).backward()
+        ...     optimizer.step()
+    """
+
+
+@dataclass
+class Simplex:
+    """The importances of one simplex, while a step changes them.
+
+    Args:
+        members: the parameters of the simplex.
+        positions: where each of them stands among the parameters of the step; ``None`` for one without a gradient.
+        log_importances: log w of each, up to ``log_normalizer``.
+        log_normalizer: what to subtract from them for mean(w) = 1.
+        signal_scale: the running mean of |h|; 0 before the first signal.
+    """
+
+    members: list[Tensor]
+    positions: list[int | None]
+    log_importances: list[Tensor]
+    log_normalizer: Tensor
+    signal_scale: Tensor
+
+    def __post_init__(self) -> None:
+        # No signal is used before its scale is known: the first one only sets it.
+        known = self.signal_scale > torch.finfo(torch.float32).tiny
+        self._inverse_scale = torch.where(known, self.signal_scale.reciprocal(), 0.0)
+        self._absolute: list[Tensor] = []
+        self._counted = 0
+        self._descended: set[int] = set()
+
+    def weights(self, k: int) -> Tensor:
+        """w of member k."""
+        return (self.log_importances[k] - self.log_normalizer.to(self.log_importances[k].device)).exp_()
+
+    @torch.no_grad()
+    def descend(self, k: int, h: Tensor | None, importance_lr: float, kl_weight: float) -> None:
+        """The mirror step of member k; ``h`` is overwritten."""
+        if h is None:
+            return
+        log_w = self.log_importances[k]
+        u = self._unitless(h)
+        log_w.copy_(mirror_step(log_w, u, importance_lr, kl_weight, self.log_normalizer.to(log_w.device)))
+        self._descended.add(k)
+
+    def _unitless(self, h: Tensor) -> Tensor:
+        h = h.nan_to_num_(0.0, 0.0, 0.0)
+        self._absolute.append(h.abs().sum())
+        self._counted += h.numel()
+        return h.mul_(self._inverse_scale.to(h.device)).clamp_(-_CLIP, _CLIP)
+
+    @torch.no_grad()
+    def descend_all(self, signals: dict[int, Tensor | None], importance_lr: float, kl_weight: float) -> None:
+        """The mirror steps of all members, tensor by tensor to the same bits, in fewer kernels."""
+        ready = {k: h for k, h in signals.items() if h is not None}
+        if len({log_w.device for log_w in self.log_importances}) > 1:
+            for k, h in ready.items():
+                self.descend(k, h, importance_lr, kl_weight)
+        elif ready:
+            log_w = [self.log_importances[k] for k in ready]
+            u = [self._unitless(h) for h in ready.values()]
+            shrink = 1.0 / (1.0 + importance_lr * kl_weight)
+            torch._foreach_sub_(log_w, [self.log_normalizer] * len(log_w))
+            torch._foreach_mul_(log_w, shrink)
+            torch._foreach_sub_(log_w, u, alpha=importance_lr * shrink)
+            torch._foreach_clamp_min_(log_w, -LOG_BOUND)
+            torch._foreach_clamp_max_(log_w, LOG_BOUND)
+            self._descended.update(ready)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The scalars for the next step."""
+        if not self._descended:
+            return
+        for k, log_w in enumerate(self.log_importances):
+            if k not in self._descended:
+                log_w.sub_(self.log_normalizer.to(log_w.device))
+        self.log_normalizer = log_mean_exp(self.log_importances)
+        device, scale = self.signal_scale.device, self.signal_scale
+        mean = torch.stack([part.to(device, non_blocking=True) for part in self._absolute]).sum() / self._counted
+        mean = mean.nan_to_num_(0.0, 0.0, 0.0)  # the sum of finite signals may still overflow
+        self.signal_scale = torch.where(scale > 0, scale.lerp(mean.minimum(_CLIP * scale), 1 - _SCALE_DECAY), mean)
+
+
+_STEP_OPTIONS = (
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "importance",
+    "importance_lr",
+    "kl_weight",
+    "scale_steps",
+    "maximize",
+    "foreach",
+    "differentiable",
+)
+
+
+def impact_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    factors: list[Tensor | None],
+    simplexes: list[Simplex],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    importance: str,
+    importance_lr: float,
+    kl_weight: float,
+    scale_steps: bool,
+    maximize: bool,
+    foreach: bool | None = None,
+    differentiable: bool = False,
+) -> None:
+    r"""Functional API that performs the ImpactSGD computation of one parameter group.
+
+    ``momentum_buffers`` and ``simplexes`` are updated in place; ``factors`` holds for each parameter what its dense
+    gradient is multiplied with, or ``None``. See :class:`ImpactSGD` for the rest.
+    """
+    if foreach is None:
+        _, foreach = _default_to_fused_or_foreach(params, differentiable, use_fused=False)
+    implementation = _multi_tensor_impactsgd if foreach else _single_tensor_impactsgd
+    implementation(
+        params,
+        grads,
+        momentum_buffers,
+        factors,
+        simplexes,
+        lr=_to_scalar(lr),
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        importance=importance,
+        importance_lr=importance_lr,
+        kl_weight=kl_weight,
+        scale_steps=scale_steps,
+        maximize=maximize,
+    )
+
+
+def _signal(
+    importance: str, param: Tensor, grad: Tensor, direction: Tensor | None, lr: float | Tensor
+) -> Tensor | None:
+    with torch.no_grad():
+        h = SIGNALS[importance](
+            param.detach().float(), grad.detach().float(), None if direction is None else direction.detach().float(), lr
+        )
+        return None if h is None else h.float()
+
+
+def _single_tensor_impactsgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    factors: list[Tensor | None],
+    simplexes: list[Simplex],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    importance: str,
+    importance_lr: float,
+    kl_weight: float,
+    scale_steps: bool,
+    maximize: bool,
+) -> None:
+    place = {i: (simplex, k) for simplex in simplexes for k, i in enumerate(simplex.positions) if i is not None}
+    for i, param in enumerate(params):
+        grad = grads[i] if not maximize else -grads[i]
+        simplex, k = place.get(i, (None, 0))
+        buf = momentum_buffers[i]
+
+        # Of the weights as they were, and of the direction that led to them: before anything moves.
+        h = None
+        if simplex is not None and importance != "lookahead":
+            h = _signal(importance, param, grad, buf, lr)
+
+        factor = factors[i]
+        if factor is not None:
+            grad = grad * factor
+        if weight_decay != 0:
+            grad = grad.add(param, alpha=weight_decay)
+        if momentum != 0:
+            if buf is not None:
+                buf.mul_(momentum).add_(grad, alpha=1 - dampening)
+            buf = _buffer(momentum_buffers, i, grad)
+            grad = grad.add(buf, alpha=momentum) if nesterov else buf
+        elif simplex is not None and importance in _NEEDS_DIRECTION:
+            _buffer(momentum_buffers, i, grad).copy_(grad.detach())
+
+        if scale_steps and simplex is not None:
+            grad = grad * simplex.weights(k).to(grad.dtype)
+        if isinstance(lr, Tensor) and lr.requires_grad:
+            param.addcmul_(grad, lr, value=-1)
+        else:
+            param.add_(grad, alpha=-lr)  # type: ignore[arg-type]
+
+        if simplex is not None:
+            simplex.descend(k, h, importance_lr, kl_weight)
+    for simplex in simplexes:
+        simplex.finish()
+
+
+def _multi_tensor_impactsgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    factors: list[Tensor | None],
+    simplexes: list[Simplex],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    importance: str,
+    importance_lr: float,
+    kl_weight: float,
+    scale_steps: bool,
+    maximize: bool,
+) -> None:
+    if not params:
+        return
+    place = {i: (simplex, k) for simplex in simplexes for k, i in enumerate(simplex.positions) if i is not None}
+    signals: dict[int, Tensor | None] = {}
+
+    grouped = Optimizer._group_tensors_by_device_and_dtype([params, grads], with_indices=True)  # type: ignore[list-item]
+    for (group_params, group_grads), at in grouped.values():
+        xs, gs = cast(list[Tensor], group_params), cast(list[Tensor], group_grads)
+
+        if maximize:
+            gs = list(torch._foreach_neg(gs))
+        if importance != "lookahead":
+            for i, x, g in zip(at, xs, gs, strict=True):
+                if i in place:
+                    signals[i] = _signal(importance, x, g, momentum_buffers[i], lr)
+
+        gs = _foreach_times(gs, [factors[i] for i in at])
+        if weight_decay != 0:
+            gs = list(torch._foreach_add(gs, xs, alpha=weight_decay))
+        if momentum != 0:
+            old = [(buf, g) for i, g in zip(at, gs, strict=True) if (buf := momentum_buffers[i]) is not None]
+            if old:
+                torch._foreach_mul_([buf for buf, _ in old], momentum)
+                torch._foreach_add_([buf for buf, _ in old], [g for _, g in old], alpha=1 - dampening)
+            bufs = [_buffer(momentum_buffers, i, g) for i, g in zip(at, gs, strict=True)]
+            gs = list(torch._foreach_add(gs, bufs, alpha=momentum)) if nesterov else bufs
+        elif importance in _NEEDS_DIRECTION:
+            for i, g in zip(at, gs, strict=True):
+                if i in place:
+                    _buffer(momentum_buffers, i, g).copy_(g)
+
+        if scale_steps:
+            places = [place.get(i) for i in at]
+            ws = [None if p is None else p[0].weights(p[1]).to(x.dtype) for p, x in zip(places, xs, strict=True)]
+            gs = _foreach_times(gs, ws)
+        torch._foreach_add_(xs, gs, alpha=-lr)  # type: ignore[arg-type]
+
+    for simplex in simplexes:
+        steps = {k: signals.get(i) for k, i in enumerate(simplex.positions) if i is not None}
+        simplex.descend_all(steps, importance_lr, kl_weight)
+        simplex.finish()
+
+
+def _foreach_times(tensors: list[Tensor], factors: list[Tensor | None]) -> list[Tensor]:
+    """Each tensor times its factor, where it has one."""
+    both = zip(tensors, factors, strict=True)
+    pairs = {i: (tensor, factor) for i, (tensor, factor) in enumerate(both) if factor is not None}
+    if not pairs:
+        return tensors
+    products = torch._foreach_mul([t for t, _ in pairs.values()], [f for _, f in pairs.values()])
+    replaced = dict(zip(pairs, products, strict=True))
+    return [replaced.get(i, tensor) for i, tensor in enumerate(tensors)]
+
+
+def _buffer(momentum_buffers: list[Tensor | None], i: int, grad: Tensor) -> Tensor:
+    """The momentum buffer of parameter i; its first value is the gradient."""
+    buf = momentum_buffers[i]
+    if buf is None:
+        buf = momentum_buffers[i] = grad.detach().clone()
+    return buf
+
+
+def _exact_masks(keep: list[Tensor], u: list[Tensor], drop_rate: float) -> list[Tensor]:
+    """Masks of one simplex that drop exactly ``round(drop_rate * n)`` weights together."""
+    device, sizes = u[0].device, [t.numel() for t in u]
+    probability = torch.cat([k.expand(t.shape).reshape(-1).to(device) for k, t in zip(keep, u, strict=True)])
+    size = sum(sizes) - round(drop_rate * sum(sizes))
+    mask = pareto_sample(probability, torch.cat([t.reshape(-1).to(device) for t in u]), size)
+    return [part.view(t.shape).to(t.device) for part, t in zip(mask.split(sizes), u, strict=True)]
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+# ------------------------------------------------------------------------------- options
+
+_CHOICES = {
+    "simplex": ("group", "tensor"),
+    "drop": ("unimportant", "important"),
+    "rescale": ("inverse", "none"),
+    "sampling": ("bernoulli", "exact"),
+}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises for an option out of range; names it, its value and what it may be."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    elif not (_is_number(lr) and lr >= 0.0):
+        raise ValueError(f"Invalid learning rate: {lr}; it must be finite and not negative")
+    if not (_is_number(options["momentum"]) and options["momentum"] >= 0.0):
+        raise ValueError(f"Invalid momentum value: {options['momentum']}; it must be finite and not negative")
+    if not _is_number(options["dampening"]):
+        raise ValueError(f"Invalid dampening value: {options['dampening']}; it must be finite")
+    if not (_is_number(options["weight_decay"]) and options["weight_decay"] >= 0.0):
+        raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}; it must be finite and not negative")
+    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    drop_rate, keep_floor = options["drop_rate"], options["keep_floor"]
+    if not (_is_number(drop_rate) and 0.0 <= drop_rate < 1.0):
+        raise ValueError(f"Invalid drop_rate: {drop_rate}; it must lie in [0, 1)")
+    if not (_is_number(keep_floor) and 0.0 <= keep_floor < 1.0):
+        raise ValueError(f"Invalid keep_floor: {keep_floor}; it must lie in [0, 1)")
+    if drop_rate > 0.0 and keep_floor > 1.0 - drop_rate:
+        raise ValueError(
+            f"keep_floor={keep_floor} is above the budget: drop_rate={drop_rate} keeps {1 - drop_rate:.6g} of the "
+            "weights on average; lower one of the two"
+        )
+    for name in ("importance_lr", "kl_weight"):
+        if not (_is_number(options[name]) and options[name] >= 0.0):
+            raise ValueError(f"Invalid {name}: {options[name]}; it must be finite and not negative")
+    if options["importance"] != "uniform" and options["importance"] not in SIGNALS:
+        raise ValueError(f"Invalid importance: {options['importance']!r}; choose from {['uniform', *SIGNALS]}")
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            raise ValueError(f"Invalid {name}: {options[name]!r}; choose from {list(choices)}")
+    if type(options["seed"]) is not int or not 0 <= options["seed"] < 2**63:
+        raise ValueError(f"Invalid seed: {options['seed']!r}; it must be an integer in [0, 2**63)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
