@@ -3,6 +3,7 @@ r"""ImpactSGD: stochastic gradient descent that learns an importance for every w
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ __all__ = ["ImpactSGD", "TensorSummary", "impact_sgd"]
 _SCALE_DECAY = 0.9  # of the running mean of |h|
 _CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
 _RESCALE_FLOOR = 1e-3  # rescale="inverse" enlarges a kept weight a thousandfold at most
-_FOLLOW, _SOLVE = 1, 32  # Newton steps that follow a moving simplex, and that find the level of a new drop rate
+_FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which one Newton step a mask keeps the budget to 1e-3
 
 # Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it.
 _FLOAT32_STATE = ("log_importance", "log_normalizer", "signal_scale", "water_level")
-_IMPORTANCE_STATE = (*_FLOAT32_STATE, "water_target")
+_IMPORTANCE_STATE = (*_FLOAT32_STATE, "water_target", "simplex_id")
 _NEEDS_DIRECTION = ("hypergradient", "lookahead")
 
 
@@ -245,7 +246,7 @@ class ImpactSGD(Optimizer):
         """The masks of this step. The levels they were drawn at are kept only by the step itself."""
         self._new_levels = []
         factors: dict[Tensor, Factor] = {}
-        index = {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))}
+        index = self._index()
         for group in self.param_groups:
             _check_options(group)
             if group["drop_rate"] == 0:
@@ -273,29 +274,47 @@ class ImpactSGD(Optimizer):
         target = fill_target(group["drop_rate"], group["keep_floor"], group["drop"])
         if group["importance"] == "uniform" or not 0.0 < target < 1.0:
             return [torch.full((), 1.0 - group["drop_rate"], device=p.device) for p in members], None, target
-        self._init_importance(members)
+        self._join(members)
         state = self.state[members[0]]
         log_w = [self.state[p]["log_importance"] for p in members]
         normalizer = state["log_normalizer"]
-        follows = state["water_target"] == target
-        level = water_level(log_w, target, state["water_level"] - normalizer, _FOLLOW if follows else _SOLVE)
+        calm = group["importance_lr"] <= _FOLLOW[0] and group["kl_weight"] >= _FOLLOW[1]
+        follows = calm and state["water_target"] == target
+        level = water_level(log_w, target, state["water_level"] - normalizer if follows else None)
         budget = {name: group[name] for name in ("drop_rate", "keep_floor", "drop")}
         keep = [keep_probability(t, level.to(t.device), **budget) for t in log_w]
         return keep, level + normalizer, target
 
-    def _init_importance(self, members: list[Tensor]) -> None:
-        """Importance 1 for members without one; the scalars of a simplex are one tensor in the state of each member."""
-        known = next((self.state[p] for p in members if "log_importance" in self.state[p]), None)
-        if known is None:
-            device = members[0].device
-            known = {name: torch.zeros((), dtype=torch.float32, device=device) for name in _FLOAT32_STATE[1:]}
-            known["water_target"] = 0.0  # no level has been solved for yet
+    def _join(self, members: list[Tensor]) -> None:
+        """Puts the members on one simplex. The scalars of a simplex are one tensor in the state of each member.
+
+        Most often they are on it already. A new simplex starts at importance 1; one that a parameter joins (unfrozen),
+        leaves (frozen) or shrinks in (pruned) keeps the ratios of what it knows and is normalised anew.
+        """
+        index = self._index()
+        simplex_id = zlib.crc32(repr([(index[p], p.numel()) for p in members]).encode())
+        if all(self.state.get(p, {}).get("simplex_id") == simplex_id for p in members):
+            return
+        scalar = torch.zeros((), dtype=torch.float32, device=members[0].device)
+        scale = next((s["signal_scale"] for p in members if "signal_scale" in (s := self.state.get(p, {}))), scalar)
         for p in members:
             state = self.state[p]
-            if "log_importance" not in state:
-                state.update((name, known[name]) for name in _IMPORTANCE_STATE[1:])
+            if "log_importance" in state:
+                state["log_importance"].sub_(state["log_normalizer"].to(p.device))
+            else:
                 state["log_importance"] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
-                state["log_importance"] += known["log_normalizer"].to(p.device)
+        normalizer = log_mean_exp([self.state[p]["log_importance"] for p in members])
+        for p in members:
+            self.state[p].update(
+                log_normalizer=normalizer,
+                signal_scale=scale,
+                water_level=scalar,
+                water_target=0.0,  # no level has been solved for
+                simplex_id=simplex_id,
+            )
+
+    def _index(self) -> dict[Tensor, int]:
+        return {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))}
 
     # ---------------------------------------------------------------- step
 
@@ -369,6 +388,10 @@ class ImpactSGD(Optimizer):
         self._new_levels = []
         for group in self.param_groups:
             group["step"] += 1
+            if group["drop_rate"] == 0:  # the importances move on without the level
+                for p in group["params"]:
+                    if "water_target" in self.state.get(p, {}):
+                        self.state[p]["water_target"] = 0.0
         self._masking.end_step()
         return loss
 
@@ -407,7 +430,7 @@ class ImpactSGD(Optimizer):
         for members in self._simplexes(group):
             if not any(p in position for p in members):
                 continue
-            self._init_importance(members)
+            self._join(members)
             state = self.state[members[0]]
             simplexes.append(
                 Simplex(
@@ -434,10 +457,13 @@ class ImpactSGD(Optimizer):
         Raises:
             ValueError: not a parameter of this optimizer.
         """
-        self._group_of(param)
-        state = self.state.get(param, {})
-        if "log_importance" not in state:
+        group = self._group_of(param)
+        if "log_importance" not in self.state.get(param, {}):
             return torch.ones_like(param, dtype=torch.float32)
+        for members in self._simplexes(group):
+            if any(param is p for p in members):
+                self._join(members)
+        state = self.state[param]
         return (state["log_importance"] - state["log_normalizer"].to(param.device)).exp_()
 
     @torch.no_grad()
@@ -559,8 +585,9 @@ class ImpactSGD(Optimizer):
                 )
             if key in _FLOAT32_STATE and not torch.isfinite(value).all():
                 raise ValueError(f"{key} of {name} is not finite; the state dict is damaged")
-        if "water_target" in state and not isinstance(state["water_target"], float):
-            raise TypeError(f"water_target of {name} must be a float, but is {_describe(state['water_target'])}")
+        for key, kind in (("water_target", float), ("simplex_id", int)):
+            if key in state and not isinstance(state[key], kind):
+                raise TypeError(f"{key} of {name} must be of type {kind.__name__}, but is {_describe(state[key])}")
 
 
 ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-driven DropConnect.

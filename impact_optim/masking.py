@@ -39,15 +39,9 @@ class MaskOwner(Protocol):
 class _StraightThrough(torch.autograd.Function):
     """weight * factor, whose gradient reaches the weight as it is: dense, also where the weight was dropped."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(weight: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, factor: Tensor) -> Tensor:
         return weight * factor
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -16,4 +16,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    torch.set_num_threads(1)  # the tensors are small, and threads that wait for each other only slow a busy machine
     torch.manual_seed(0)

@@ -1,0 +1,459 @@
+"""Masks that cannot leak: what the forward pass sees, and what everything else sees."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from impact_optim import ImpactSGD
+
+
+def build(drop_rate=0.4, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    return model, ImpactSGD(model, lr=0.05, momentum=0.9, drop_rate=drop_rate, **options)
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_dense(model, dense):
+    for name, p in model.named_parameters():
+        assert torch.equal(p, dense[name]), name
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, dense[name]), name
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            assert getattr(module, name) is p, f"{name} is still shadowed"
+
+
+def masked_weights(model, optimizer):
+    """What a training forward pass of the model uses, caught where the layers read it."""
+    caught, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            hook = lambda m, _, name=name: caught.__setitem__(f"{name}.weight", m.weight.detach().clone())  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_training_passes_see_masked_weights_and_everything_else_the_dense_ones():
+    model, optimizer = build()
+    dense = snapshot(model)
+    seen = masked_weights(model, optimizer)
+    for name, z in seen.items():
+        dropped = z == 0
+        assert 0.2 < dropped.float().mean() < 0.6
+        torch.testing.assert_close(z[~dropped], dense[name][~dropped] / 0.6)
+    assert_dense(model, dense)
+
+
+def test_the_gradient_is_dense_and_taken_at_the_masked_weights():
+    model, optimizer = build()
+    seen = masked_weights(model, optimizer)
+    model(x).square().sum().backward()
+    weights = {**snapshot(model), **seen}
+    weights = {name: w.requires_grad_() for name, w in weights.items()}
+    copy.deepcopy(model)  # not attached; only its structure is used
+    functional_call(nn.Sequential(*model), weights, (x,)).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, weights[name].grad)
+    assert (model[2].weight.grad[seen["2.weight"] == 0] != 0).any()
+
+
+def test_a_dropped_weight_moves_by_momentum_and_decay_only():
+    model, optimizer = build()
+    plain = torch.optim.SGD([p.detach().clone().requires_grad_() for p in model.parameters()], lr=0.05, momentum=0.9)
+    for _ in range(3):
+        seen = masked_weights(model, optimizer)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        for (name, p), q in zip(model.named_parameters(), plain.param_groups[0]["params"], strict=True):
+            factor = torch.where(seen[name] == 0, 0.0, seen[name] / p.detach()) if name in seen else 1.0
+            q.grad = p.grad * factor
+        optimizer.step()
+        plain.step()
+        for p, q in zip(model.parameters(), plain.param_groups[0]["params"], strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_the_mask_lasts_until_the_step():
+    model, optimizer = build()
+    first = masked_weights(model, optimizer)
+    again = masked_weights(model, optimizer)
+    model(x).sum().backward()
+    optimizer.zero_grad()
+    third = masked_weights(model, optimizer)
+    model(x).sum().backward()
+    optimizer.step()
+    after = masked_weights(model, optimizer)
+    for name in first:
+        assert torch.equal(first[name], again[name])
+        assert torch.equal(first[name], third[name])
+        assert not torch.equal(first[name] == 0, after[name] == 0)
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference_mode"])
+def test_evaluation_is_dense_also_in_the_middle_of_a_step(mode):
+    model, optimizer = build()
+    expected = functional_call(copy.deepcopy(model).eval(), snapshot(model), (x,))
+    loss = model(x).sum()
+    if mode == "eval":
+        model.eval()
+        torch.testing.assert_close(model(x), expected)
+        model.train()
+    else:
+        with getattr(torch, mode)():
+            torch.testing.assert_close(model(x), expected)
+    loss.backward()  # the graph of the masked pass is whole
+    masked = masked_weights(model, optimizer)
+    assert (masked["2.weight"] == 0).any()
+
+
+@pytest.mark.parametrize("where", ["forward", "hook", "backward"])
+def test_an_exception_leaves_the_weights_dense(where):
+    model, optimizer = build()
+    dense = snapshot(model)
+
+    def fail(*_):
+        raise ValueError("on purpose")
+
+    if where == "forward":
+        with pytest.raises(RuntimeError):
+            model(torch.randn(2, 9))
+    elif where == "hook":
+        handle = model[2].register_forward_pre_hook(fail)
+        with pytest.raises(ValueError, match="on purpose"):
+            model(x)
+        handle.remove()
+    else:
+        out = model(x)
+        out.register_hook(fail)
+        with pytest.raises(ValueError, match="on purpose"):
+            out.sum().backward()
+    assert_dense(model, dense)
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def test_a_keyboard_interrupt_in_a_forward_pass_does_not_reach_checkpoints_or_evaluation():
+    model, optimizer = build()
+    dense = snapshot(model)
+    expected = functional_call(copy.deepcopy(model).eval(), dense, (x,))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, dense[name])
+    model.eval()
+    torch.testing.assert_close(model(x), expected)
+    assert_dense(model, dense)
+    model.train()
+    model(x).sum().backward()
+    optimizer.step()
+    assert_dense(model, snapshot(model))
+
+
+def test_a_module_that_calls_itself_is_masked_once():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, h, depth=2):
+            h = self.layer(h)
+            return h if depth == 0 else self(h, depth - 1)
+
+    model = Recursive()
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5)
+    seen = []
+    model.layer.register_forward_pre_hook(lambda m, _: seen.append(m.weight))
+    model(torch.randn(2, 4))
+    assert len(seen) == 3
+    assert seen[0] is seen[1] is seen[2]
+    assert (seen[0] == 0).any()
+    assert model.layer.weight is model.layer._parameters["weight"]
+    assert list(optimizer._masking.attached()) == [model]
+
+
+def test_a_part_that_is_called_by_itself_is_masked_too():
+    model, optimizer = build()
+    model[0](x).sum().backward()
+    assert set(optimizer._masking.seen) == {model[0].weight}
+    optimizer.step()
+
+
+def test_parts_in_eval_mode_stay_dense():
+    model, optimizer = build()
+    model[2].eval()
+    seen = masked_weights(model, optimizer)
+    assert torch.equal(seen["2.weight"], model[2].weight)
+    assert (seen["0.weight"] == 0).any()
+    model(x).sum().backward()
+    before, grad = model[2].weight.detach().clone(), model[2].weight.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(model[2].weight, before - 0.05 * grad)
+
+
+def test_copies_and_pickles_are_plain_modules():
+    model, optimizer = build()
+    loss = model(x).sum()
+    dense = snapshot(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+    for other in copies:
+        assert_dense(other, dense)
+        torch.testing.assert_close(other.train()(x), other.eval()(x))
+    loss.backward()
+    optimizer.step()
+    for other in copies:
+        assert_dense(other, dense)
+
+
+def test_copies_of_the_optimizer_are_attached_to_nothing():
+    model, optimizer = build()
+    model(x).sum().backward()
+    optimizer.step()
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert list(other._masking.attached()) == []
+        for p in other.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match="attach"):
+            other.step()
+
+
+def test_a_copied_pair_trains_like_the_original():
+    model, optimizer = build()
+    model(x).sum().backward()
+    optimizer.step()
+    other_model, other = copy.deepcopy((model, optimizer))
+    other.attach(other_model)
+    for m, o in ((model, optimizer), (other_model, other)):
+        for _ in range(3):
+            o.zero_grad()
+            m(x).square().sum().backward()
+            o.step()
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_weight_averages_hold_dense_weights():
+    model, optimizer = build()
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda a, p, n: p)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(x).sum()
+        average.update_parameters(model)  # even between forward and backward
+        for p, q in zip(average.module.parameters(), model.parameters(), strict=True):
+            assert torch.equal(p, q)
+        loss.backward()
+        optimizer.step()
+    average.update_parameters(model)
+    torch.testing.assert_close(average.train()(x), model.eval()(x))
+
+
+def test_detach_ends_it_and_attach_begins_it_again():
+    model, optimizer = build()
+    optimizer.detach(model)
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"no forward pass can see the masks of .*: build the optimizer"):
+        optimizer.step()
+    optimizer.attach(model)
+    optimizer.attach(model)  # twice is once
+    assert all(len(m._forward_pre_hooks) == 1 for m in model.modules())
+    model(x).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="not attached"):
+        optimizer.detach(nn.Linear(2, 2))
+
+
+def test_a_step_after_nothing_but_evaluation_says_what_to_do():
+    model, optimizer = build()
+    model.eval()
+    model(x).sum().backward()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="train mode"):
+        optimizer.step()
+    assert_dense(model, before)
+    optimizer.param_groups[0]["drop_rate"] = 0.0
+    optimizer.step()
+
+
+def test_two_optimizers_on_disjoint_parts_of_one_model():
+    model, _ = build()
+    first = ImpactSGD(model[0].parameters(), drop_rate=0.5)
+    second = ImpactSGD(model[2].parameters(), drop_rate=0.5, seed=1)
+    first.attach(model)
+    second.attach(model)
+    seen = masked_weights(model, first)
+    assert (seen["0.weight"] == 0).any()
+    assert (seen["2.weight"] == 0).any()
+    assert (seen["4.weight"] != 0).all()
+    model(x).sum().backward()
+    first.step()
+    still = masked_weights(model, first)
+    assert torch.equal(still["2.weight"] == 0, seen["2.weight"] == 0)  # the other's step does not end its mask
+    second.step()
+
+
+def test_of_two_optimizers_that_share_parameters_the_last_one_attached_counts():
+    model, first = build()
+    second = ImpactSGD(model, lr=0.05, drop_rate=0.4, rescale="none")
+    dense = snapshot(model)
+    seen = masked_weights(model, second)
+    for name, z in seen.items():
+        assert torch.equal(z[z != 0], dense[name][z != 0])
+    model(x).sum().backward()
+    second.step()
+    with pytest.raises(RuntimeError, match="ImpactSGD"):
+        first.step()
+
+
+def test_one_optimizer_on_two_models():
+    one, _ = build()
+    two, _ = build()
+    optimizer = ImpactSGD([*one.parameters(), *two.parameters()], drop_rate=0.5)
+    optimizer.attach(one)
+    optimizer.attach(two)
+    for model in (one, two):
+        assert (masked_weights(model, optimizer)["0.weight"] == 0).any()
+    (one(x) + two(x)).sum().backward()
+    optimizer.step()
+    optimizer.detach()
+    assert torch.equal(masked_weights(two, optimizer)["0.weight"], two[0].weight)
+
+
+def test_an_optimizer_that_is_gone_masks_nothing():
+    model, optimizer = build()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    torch.testing.assert_close(model.train()(x), copy.deepcopy(model).eval()(x))
+
+
+def test_layers_added_later_are_plain_until_the_optimizer_has_them():
+    model, optimizer = build()
+    model.append(nn.Linear(3, 3))
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.add_param_group({"params": model[5].parameters(), "drop_rate": 0.7})
+    seen = masked_weights(model, optimizer)
+    assert (seen["5.weight"] == 0).any()
+
+
+class TestMaskedScope:
+    def test_masks_in_place_and_restores(self):
+        p = nn.Parameter(torch.randn(20, 20))
+        b = nn.Parameter(torch.randn(20))
+        optimizer = ImpactSGD([p, b], lr=0.1, drop_rate=0.5)
+        dense, bias = p.detach().clone(), b.detach().clone()
+        with optimizer.masked():
+            assert 0.3 < (p == 0).float().mean() < 0.7
+            assert torch.equal(b, bias)
+            (p.sum() + b.sum()).backward()
+        assert torch.equal(p, dense)
+        optimizer.step()
+        assert not torch.equal(p, dense)
+
+    def test_attach_and_scope_see_the_same_mask(self):
+        model, optimizer = build()
+        seen = masked_weights(model, optimizer)
+        with optimizer.masked():
+            assert torch.equal(model[0].weight, seen["0.weight"])
+            caught = masked_weights(model, optimizer)  # not masked twice
+        assert torch.equal(caught["0.weight"], seen["0.weight"])
+
+    def test_an_exception_restores(self):
+        model, optimizer = build()
+        dense = snapshot(model)
+        with pytest.raises(ValueError, match="on purpose"), optimizer.masked():
+            raise ValueError("on purpose")
+        assert_dense(model, dense)
+
+    def test_a_backward_pass_outside_is_an_error_not_a_wrong_gradient(self):
+        p = nn.Parameter(torch.randn(4, 4))
+        optimizer = ImpactSGD([p], drop_rate=0.5)
+        with optimizer.masked():
+            loss = p.square().sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_a_step_inside_restores_first(self):
+        p = nn.Parameter(torch.randn(4, 4))
+        optimizer = ImpactSGD([p], lr=0.1, drop_rate=0.5)
+        dense = p.detach().clone()
+        with optimizer.masked():
+            factor = p.detach() / dense
+            p.sum().backward()
+            optimizer.step()
+            torch.testing.assert_close(p.detach(), dense - 0.1 * factor)
+        torch.testing.assert_close(p.detach(), dense - 0.1 * factor)
+
+    def test_nesting_is_an_error(self):
+        model, optimizer = build()
+        dense = snapshot(model)
+        with pytest.raises(RuntimeError, match="nested"), optimizer.masked(), optimizer.masked():
+            pass
+        assert_dense(model, dense)
+
+    def test_per_rank_masks_need_attach(self):
+        model, optimizer = build(per_rank_masks=True)
+        with pytest.raises(RuntimeError, match="attach"), optimizer.masked():
+            pass
+
+
+class TestExpected:
+    def test_is_x_times_pi_without_rescaling(self):
+        model, optimizer = build(rescale="none", importance_lr=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        dense = snapshot(model)
+        keep = {name: optimizer.keep_probability(p) for name, p in model.named_parameters()}
+        with optimizer.expected():
+            for name, p in model.named_parameters():
+                torch.testing.assert_close(p.detach(), dense[name] * keep[name])
+        assert_dense(model, dense)
+
+    def test_is_the_dense_network_with_rescaling(self):
+        model, optimizer = build()
+        dense = snapshot(model)
+        with optimizer.expected():
+            assert_dense(model, dense)
+
+    @pytest.mark.parametrize("rescale", ["inverse", "none"])
+    def test_is_the_mean_of_the_masked_weights(self, rescale):
+        p = nn.Parameter(torch.randn(30, 30))
+        optimizer = ImpactSGD([p], lr=0.0, drop_rate=0.4, rescale=rescale, keep_floor=0.2, importance_lr=0.0)
+        total = torch.zeros_like(p)
+        for _ in range(400):
+            with optimizer.masked():
+                total += p.detach()
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        with optimizer.expected():
+            torch.testing.assert_close(total / 400, p.detach(), atol=0.5, rtol=0)
+            assert ((total / 400 - p.detach()).abs().mean() < 0.05).item()

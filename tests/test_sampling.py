@@ -1,0 +1,145 @@
+"""The mask stream: the generator against its published vectors, and the draws against what they promise."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from impact_optim.sampling import pareto_sample, philox4x32, uniform
+from impact_optim.simplex import keep_probability, water_level
+
+PLACE = {"seed": 1, "step": 2, "tensor": 3}
+
+
+# Known-answer vectors of the Random123 library: rounds, counter, key, result.
+VECTORS = [
+    (7, "00000000 00000000 00000000 00000000", "00000000 00000000", "5f6fb709 0d893f64 4f121f81 4f730a48"),
+    (7, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "5207ddc2 45165e59 4d8ee751 8c52f662"),
+    (7, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "4dfccaba 190a87f0 c47362ba b6b5242a"),
+    (10, "00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    (10, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (10, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+@pytest.mark.parametrize(("rounds", "counter", "key", "result"), VECTORS)
+def test_philox_gives_the_published_words(rounds, counter, key, result):
+    words = [int(word, 16) for word in counter.split()]
+    out = philox4x32(tuple(torch.tensor([w]) for w in words), tuple(int(w, 16) for w in key.split()), rounds)
+    assert [f"{word.item():08x}" for word in out] == result.split()
+
+
+def chi_square(values, bins):
+    """Standardised: about N(0, 1) when the values are uniform on (0, 1)."""
+    counts = torch.histc(values.double(), bins, 0, 1)
+    expected = values.numel() / bins
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    return (statistic - (bins - 1)) / math.sqrt(2 * (bins - 1))
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_draws_are_uniform(seed, bits):
+    u = uniform(1_000_003, seed=seed, step=0, tensor=0, bits=bits)
+    assert abs(chi_square(u, 256)) < 5
+    assert abs(chi_square(u.mul(256).frac(), 256)) < 5  # the low half of the bits
+    assert u.min() > 0
+    assert u.max() < 1
+
+
+@pytest.mark.parametrize("change", ["element", "step", "tensor", "seed", "rank"])
+def test_draws_are_independent(change):
+    """Pairs of draws that differ in one coordinate of the stream fill the unit square evenly."""
+    n = 400_000
+    a = uniform(n + 1, **PLACE)
+    if change == "element":
+        pairs = (a[:-1], a[1:])
+    else:
+        place = {**PLACE, "rank": 0}
+        pairs = (a[:-1], uniform(n, **{**place, change: place[change] + 1}))
+    cells = (pairs[0] * 32).floor() * 32 + (pairs[1] * 32).floor()
+    assert abs(chi_square((cells + 0.5) / 1024, 1024)) < 5
+    assert abs(torch.corrcoef(torch.stack(pairs))[0, 1].item()) < 5 / math.sqrt(n)
+
+
+def test_words_that_share_a_counter_are_independent():
+    q = 100_000
+    strips = uniform(8 * q, **PLACE).view(8, q)
+    correlation = torch.corrcoef(strips) - torch.eye(8)
+    assert correlation.abs().max().item() < 5 / math.sqrt(q)
+
+
+def test_steps_far_apart_and_large_seeds_have_their_own_draws():
+    draws = [uniform(64, seed=s, step=t, tensor=0) for s in (0, 1 << 32, (1 << 32) + 1) for t in (0, 1, 2**31)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(0, 300), bits=st.sampled_from([16, 32]))
+def test_any_length_and_a_mean_of_one_half(n, bits):
+    u = uniform(n, **PLACE, bits=bits)
+    assert u.shape == (n,)
+    assert u.dtype == (torch.float32 if bits == 16 else torch.float64)
+    assert torch.equal(u, uniform(n, **PLACE, bits=bits))
+
+
+def test_blocks_do_not_show(monkeypatch):
+    expected = uniform(10_001, **PLACE)
+    monkeypatch.setattr("impact_optim.sampling._BLOCK", 7)
+    assert torch.equal(uniform(10_001, **PLACE), expected)
+
+
+@pytest.mark.cuda
+def test_every_device_draws_the_same_bits():
+    for bits in (16, 32):
+        assert torch.equal(
+            uniform(100_003, **PLACE, bits=bits), uniform(100_003, **PLACE, bits=bits, device="cuda").cpu()
+        )
+
+
+def test_bernoulli_masks_have_their_inclusion_probabilities():
+    keep = torch.linspace(0, 1, 41)
+    counts = torch.zeros(41)
+    trials = 4000
+    for step in range(trials):
+        counts += uniform(41, seed=5, step=step, tensor=0) < keep
+    error = (counts / trials - keep) / (keep * (1 - keep) / trials).sqrt().clamp_min(1e-9)
+    assert counts[0] == 0
+    assert counts[-1] == trials
+    assert error[1:-1].abs().max() < 4.5
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_exact_masks_have_their_size_and_inclusion_probabilities(spread):
+    n, size, trials = 60, 42, 6000
+    log_w = spread * torch.randn(n, generator=torch.Generator().manual_seed(0))
+    keep = keep_probability(log_w, water_level([log_w], size / n), drop_rate=1 - size / n)
+    counts = torch.zeros(n)
+    for step in range(trials):
+        mask = pareto_sample(keep, uniform(n, seed=0, step=step, tensor=0, bits=32), size)
+        assert mask.sum() == size
+        counts += mask
+    certain = keep >= 1
+    assert (counts[certain] == trials).all()
+    # Pareto sampling is exact only in the limit: allow for 0.5% beside the noise.
+    noise = (keep * (1 - keep) / trials).sqrt()
+    assert ((counts / trials - keep).abs() <= 4.5 * noise + 0.005).all()
+
+
+def test_gumbel_top_k_would_have_other_inclusion_probabilities():
+    """Why Pareto sampling: what top-k of perturbed log π includes differs from π by far more than noise."""
+    keep = torch.tensor([0.95] * 10 + [0.25] * 10)
+    trials, size = 4000, 12
+    counts = torch.zeros(20)
+    for step in range(trials):
+        u = uniform(20, seed=0, step=step, tensor=0, bits=32)
+        gumbel = keep.log() - torch.log(-torch.log(u))
+        counts[gumbel.topk(size).indices] += 1
+    assert (counts / trials - keep).abs().max() > 0.1
+
+
+def test_ties_still_give_the_exact_size():
+    assert pareto_sample(torch.full((100,), 0.3), torch.full((100,), 0.5), 30).sum() == 30
+    assert pareto_sample(torch.ones(100), torch.full((100,), 0.5), 100).all()
