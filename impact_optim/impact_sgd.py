@@ -1006,6 +1006,10 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, choices in _CHOICES.items():
         if options[name] not in choices:
             raise ValueError(f"Invalid {name}: {options[name]!r}; choose from {list(choices)}")
+    if type(options["step"]) is not int or options["step"] < 0:
+        raise ValueError(f"Invalid step: {options['step']!r}; it counts the steps taken")
+    if options["foreach"] and options["differentiable"]:
+        raise RuntimeError("`foreach` does not support `differentiable`; leave one of the two out")
     if type(options["seed"]) is not int or not 0 <= options["seed"] < 2**63:
         raise ValueError(f"Invalid seed: {options['seed']!r}; it must be an integer in [0, 2**63)")
 

@@ -70,9 +70,9 @@ def log_mean_exp(log_w: Sequence[Tensor]) -> Tensor:
 def water_level(log_w: Sequence[Tensor], mean: float, log_level: Tensor | None = None) -> Tensor:
     r"""The level c at which :math:`\min(1, c \, w)` has a given mean over the simplex.
 
-    Up to 4096 weights are sorted, and the level is exact. With more, the mean is a concave, piecewise linear function of
-    c, so that a Newton step lands at or below the root, and the next ones rise to it. From the level of a simplex that
-    has moved a little since, one step will do. Without such a start, three steps begin at the level of a sample.
+    Up to 4096 weights are sorted, and the level is exact. With more, the mean is a concave, piecewise linear function
+    of c, so that a Newton step lands at or below the root, and the next ones rise to it. From the level of a simplex
+    that has moved a little since, one step will do. Without such a start, three steps begin at the level of a sample.
 
     Args:
         log_w: the tensors of the simplex.
