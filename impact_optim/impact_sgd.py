@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -71,7 +72,10 @@ class ImpactSGD(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
+        if fused:
+            raise RuntimeError("ImpactSGD has no fused implementation; use foreach=True or leave both out")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -348,22 +352,23 @@ class ImpactSGD(Optimizer):
         judged: list[tuple[dict[str, Any], list[Tensor], list[Tensor | None], list[Simplex]]] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            momentum_buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params]
+            direction = "momentum_buffer" if group["momentum"] != 0 else "direction"
+            directions = [self.state.get(p, {}).get(direction) for p in params]
             seen = [self._masking.seen.get(p) for p in params]
             simplexes = self._load_simplexes(group, params)
             impact_sgd(
                 params,
                 [p.grad for p in params],
-                momentum_buffers,
+                directions,
                 [factor.value if factor is not None and factor.dense_grad else None for factor in seen],
                 simplexes,
                 **{name: group[name] for name in _STEP_OPTIONS},
             )
-            for p, buffer in zip(params, momentum_buffers, strict=True):
-                if buffer is not None:
-                    self.state[p]["momentum_buffer"] = buffer
+            for p, d in zip(params, directions, strict=True):
+                if d is not None:
+                    self.state[p][direction] = d
             if group["importance"] == "lookahead":
-                judged.append((group, params, momentum_buffers, simplexes))
+                judged.append((group, params, directions, simplexes))
             else:
                 self._store_simplexes(simplexes)
 
@@ -372,12 +377,12 @@ class ImpactSGD(Optimizer):
                 closure()  # type: ignore[misc]
             self._check_gradients()
             self._masking.restore()
-            for group, params, momentum_buffers, simplexes in judged:
+            for group, params, directions, simplexes in judged:
                 for simplex in simplexes:
                     for k, i in enumerate(simplex.positions):
                         if i is not None and (grad := params[i].grad) is not None:
                             grad = -grad if group["maximize"] else grad
-                            h = _signal(group["importance"], params[i], grad, momentum_buffers[i], group["lr"])
+                            h = _signal(group["importance"], params[i], grad, directions[i], _to_scalar(group["lr"]))
                             simplex.descend(k, h, group["importance_lr"], group["kl_weight"])
                     simplex.finish()
                 self._store_simplexes(simplexes)
@@ -520,9 +525,10 @@ class ImpactSGD(Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
+        def check(optimizer: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             self._check_state_dict(final)
-            loaded.update(final)
+            loaded.update(final, param_groups=self._completed(final["param_groups"]))
+            return loaded
 
         handle = self.register_load_state_dict_pre_hook(check)  # the last one: it sees what the user's hooks made of it
         restore = self.register_load_state_dict_post_hook(
@@ -559,10 +565,15 @@ class ImpactSGD(Optimizer):
                 f"the state dict has parameter groups of sizes {theirs}, the optimizer of sizes {ours}; build the "
                 "optimizer with the groups it was saved with"
             )
-        for own, group in zip(self.param_groups, groups, strict=True):
-            _check_options({**self.defaults, **{name: value for name, value in group.items() if name != "params"}})
+        for own, group in zip(self.param_groups, self._completed(groups), strict=True):
+            _check_options(group)
             for param, key in zip(own["params"], group["params"], strict=True):
                 self._check_param_state(self._name(param), param, state_dict["state"].get(key, {}))
+
+    def _completed(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Loaded groups, where an option that one lacks is that of the group it is loaded into."""
+        kept = [{name: own[name] for name in self.defaults} for own in self.param_groups]
+        return [{**own, "step": 0, **group} for own, group in zip(kept, groups, strict=True)]
 
     def _check_param_state(self, name: str, param: Tensor, state: Any) -> None:
         if not isinstance(state, dict):
@@ -570,7 +581,7 @@ class ImpactSGD(Optimizer):
         missing = [key for key in _IMPORTANCE_STATE if key not in state]
         if "log_importance" in state and missing:
             raise ValueError(f"the state of {name} lacks {missing}: it was not saved by ImpactSGD.state_dict()")
-        shapes = {"momentum_buffer": param.shape, "log_importance": param.shape}
+        shapes = dict.fromkeys(("momentum_buffer", "direction", "log_importance"), param.shape)
         shapes.update((key, torch.Size()) for key in _FLOAT32_STATE[1:])
         for key, shape in shapes.items():
             value = state.get(key)
@@ -592,23 +603,23 @@ class ImpactSGD(Optimizer):
 
 ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-driven DropConnect.
 
-    Every weight x of two-or-more-dimensional tensors has an importance w. The importances of a simplex of n weights are
-    non-negative with :math:`\sum w = n`, start at 1, and follow the problem
+    Every weight x of the tensors of two or more dimensions has an importance w. The importances of a simplex of n
+    weights are non-negative with :math:`\sum w = n`, start at 1, and follow the problem
 
     .. math::
-        \min_w \; L(f(x - w \odot \gamma d)) + \lambda \, \mathrm{KL}(w / n \,\|\, 	ext{uniform})
+        \min_w \; L(f(x - w \odot \gamma d)) + \lambda \, \mathrm{KL}(w / n \,\|\, \text{uniform})
 
     by mirror descent. One step, with g the gradient at the weights :math:`x \odot m / \pi` that the forward pass saw:
 
     .. math::
-        egin{aligned}
-             &h \leftarrow 	extit{importance}(x, g, d, \gamma), \qquad
-              u \leftarrow \mathrm{clip}(h / \overline{|h|}, \pm 10)                                          \
-             &d \leftarrow \mu d + (1 - 	au) (g \odot m / \pi + eta x), \qquad
-              x \leftarrow x - \gamma d \quad (\gamma w \odot d 	ext{ with } 	extit{scale\_steps})       \
-             &\log w \leftarrow (\log w - \eta u) / (1 + \eta \lambda) + \mathrm{const}                     \
-             &\pi \leftarrow f + (1 - f) \min(1, c w), \quad c : \mathrm{mean}(\pi) = 1 - 	extit{drop\_rate}, \qquad
-              m \sim \mathrm{Bernoulli}(\pi)
+        \begin{aligned}
+             &h \leftarrow \textit{importance}(x, g, d, \gamma), \qquad
+              u \leftarrow \mathrm{clip}(h / \overline{|h|}, \pm 10)                                      \\
+             &d \leftarrow \mu d + (1 - \tau) (g \odot m / \pi + \beta x), \qquad
+              x \leftarrow x - \gamma d \quad (\gamma w \odot d \text{ with } \textit{scale\_steps})      \\
+             &\log w \leftarrow (\log w - \eta u) / (1 + \eta \lambda) + \mathrm{const}                   \\
+             &\pi \leftarrow f + (1 - f) \min(1, c w), \quad c : \mathrm{mean}(\pi) = 1 - \textit{drop\_rate},
+              \qquad m \sim \mathrm{Bernoulli}(\pi)
         \end{aligned}
 
     where :math:`\overline{|h|}` is the running mean over the simplex, so that η and λ carry over between layers, models
@@ -646,6 +657,7 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         foreach (bool, optional): whether the foreach implementation is used; by default on CUDA (default: None)
         maximize (bool, optional): maximizes the objective (default: False)
         differentiable (bool, optional): whether autograd occurs through the step in training (default: False)
+        fused (bool, optional): not implemented; taken so that the line can be swapped with SGD's (default: None)
 
     State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, float32, 4 bytes a weight, and
     scalars of its simplex. While a step is under way, masks take the size of the parameters, and the masked weights
@@ -758,7 +770,7 @@ _STEP_OPTIONS = (
 def impact_sgd(
     params: list[Tensor],
     grads: list[Tensor],
-    momentum_buffers: list[Tensor | None],
+    directions: list[Tensor | None],
     factors: list[Tensor | None],
     simplexes: list[Simplex],
     *,
@@ -777,8 +789,8 @@ def impact_sgd(
 ) -> None:
     r"""Functional API that performs the ImpactSGD computation of one parameter group.
 
-    ``momentum_buffers`` and ``simplexes`` are updated in place; ``factors`` holds for each parameter what its dense
-    gradient is multiplied with, or ``None``. See :class:`ImpactSGD` for the rest.
+    ``directions`` (the momentum buffers) and ``simplexes`` are updated in place; ``factors`` holds for each parameter
+    what its dense gradient is multiplied with, or ``None``. See :class:`ImpactSGD` for the rest.
     """
     if foreach is None:
         _, foreach = _default_to_fused_or_foreach(params, differentiable, use_fused=False)
@@ -786,7 +798,7 @@ def impact_sgd(
     implementation(
         params,
         grads,
-        momentum_buffers,
+        directions,
         factors,
         simplexes,
         lr=_to_scalar(lr),
@@ -815,7 +827,7 @@ def _signal(
 def _single_tensor_impactsgd(
     params: list[Tensor],
     grads: list[Tensor],
-    momentum_buffers: list[Tensor | None],
+    directions: list[Tensor | None],
     factors: list[Tensor | None],
     simplexes: list[Simplex],
     *,
@@ -834,7 +846,7 @@ def _single_tensor_impactsgd(
     for i, param in enumerate(params):
         grad = grads[i] if not maximize else -grads[i]
         simplex, k = place.get(i, (None, 0))
-        buf = momentum_buffers[i]
+        buf = directions[i]
 
         # Of the weights as they were, and of the direction that led to them: before anything moves.
         h = None
@@ -849,10 +861,10 @@ def _single_tensor_impactsgd(
         if momentum != 0:
             if buf is not None:
                 buf.mul_(momentum).add_(grad, alpha=1 - dampening)
-            buf = _buffer(momentum_buffers, i, grad)
+            buf = _buffer(directions, i, grad)
             grad = grad.add(buf, alpha=momentum) if nesterov else buf
         elif simplex is not None and importance in _NEEDS_DIRECTION:
-            _buffer(momentum_buffers, i, grad).copy_(grad.detach())
+            _buffer(directions, i, grad).copy_(grad.detach())
 
         if scale_steps and simplex is not None:
             grad = grad * simplex.weights(k).to(grad.dtype)
@@ -870,7 +882,7 @@ def _single_tensor_impactsgd(
 def _multi_tensor_impactsgd(
     params: list[Tensor],
     grads: list[Tensor],
-    momentum_buffers: list[Tensor | None],
+    directions: list[Tensor | None],
     factors: list[Tensor | None],
     simplexes: list[Simplex],
     *,
@@ -899,22 +911,22 @@ def _multi_tensor_impactsgd(
         if importance != "lookahead":
             for i, x, g in zip(at, xs, gs, strict=True):
                 if i in place:
-                    signals[i] = _signal(importance, x, g, momentum_buffers[i], lr)
+                    signals[i] = _signal(importance, x, g, directions[i], lr)
 
         gs = _foreach_times(gs, [factors[i] for i in at])
         if weight_decay != 0:
             gs = list(torch._foreach_add(gs, xs, alpha=weight_decay))
         if momentum != 0:
-            old = [(buf, g) for i, g in zip(at, gs, strict=True) if (buf := momentum_buffers[i]) is not None]
+            old = [(buf, g) for i, g in zip(at, gs, strict=True) if (buf := directions[i]) is not None]
             if old:
                 torch._foreach_mul_([buf for buf, _ in old], momentum)
                 torch._foreach_add_([buf for buf, _ in old], [g for _, g in old], alpha=1 - dampening)
-            bufs = [_buffer(momentum_buffers, i, g) for i, g in zip(at, gs, strict=True)]
+            bufs = [_buffer(directions, i, g) for i, g in zip(at, gs, strict=True)]
             gs = list(torch._foreach_add(gs, bufs, alpha=momentum)) if nesterov else bufs
         elif importance in _NEEDS_DIRECTION:
             for i, g in zip(at, gs, strict=True):
                 if i in place:
-                    _buffer(momentum_buffers, i, g).copy_(g)
+                    _buffer(directions, i, g).copy_(g)
 
         if scale_steps:
             places = [place.get(i) for i in at]
@@ -939,11 +951,11 @@ def _foreach_times(tensors: list[Tensor], factors: list[Tensor | None]) -> list[
     return [replaced.get(i, tensor) for i, tensor in enumerate(tensors)]
 
 
-def _buffer(momentum_buffers: list[Tensor | None], i: int, grad: Tensor) -> Tensor:
-    """The momentum buffer of parameter i; its first value is the gradient."""
-    buf = momentum_buffers[i]
+def _buffer(directions: list[Tensor | None], i: int, grad: Tensor) -> Tensor:
+    """The momentum buffer or last direction of parameter i; its first value is the gradient."""
+    buf = directions[i]
     if buf is None:
-        buf = momentum_buffers[i] = grad.detach().clone()
+        buf = directions[i] = grad.detach().clone()
     return buf
 
 
@@ -974,10 +986,10 @@ _CHOICES = {
 def _check_options(options: dict[str, Any]) -> None:
     """Raises for an option out of range; names it, its value and what it may be."""
     lr = options["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    elif not (_is_number(lr) and lr >= 0.0):
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # to look at it would wait for the device
+    if not on_device and not (_is_number(lr) and lr >= 0.0):
         raise ValueError(f"Invalid learning rate: {lr}; it must be finite and not negative")
     if not (_is_number(options["momentum"]) and options["momentum"] >= 0.0):
         raise ValueError(f"Invalid momentum value: {options['momentum']}; it must be finite and not negative")
@@ -1015,7 +1027,9 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _describe(value: Any) -> str:

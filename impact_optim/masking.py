@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils._pytree import tree_leaves
 
 
 class Factor(NamedTuple):
@@ -28,6 +30,12 @@ class Factor(NamedTuple):
     """Whether the gradient reaches the parameter dense, to be masked by the step, or already masked."""
 
 
+class _Shadow(NamedTuple):
+    part: nn.Module
+    name: str
+    weight: Tensor
+
+
 class MaskOwner(Protocol):
     """What :class:`Masking` needs from an optimizer."""
 
@@ -36,16 +44,16 @@ class MaskOwner(Protocol):
     def _draw_factors(self) -> dict[Tensor, Factor]: ...
 
 
-class _StraightThrough(torch.autograd.Function):
-    """weight * factor, whose gradient reaches the weight as it is: dense, also where the weight was dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * factor
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+def _mask(weight: Tensor, factor: Factor) -> Tensor:
+    """The masked weights; their gradient reaches the weights as it is, or masked as well."""
+    # The gradient of a clone is the identity, also for torch.func, and saves nothing: a part of the graph that is
+    # run through twice, by activation checkpointing, finds all it needs.
+    masked = weight.clone()
+    with torch.no_grad():
+        masked.mul_(factor.value)
+    if not factor.dense_grad:
+        masked.register_hook(factor.value.mul)
+    return masked
 
 
 class Masking:
@@ -60,7 +68,8 @@ class Masking:
         self._handles: dict[nn.Module, list[torch.utils.hooks.RemovableHandle]] = {}
         self._opened_by: nn.Module | None = None
         self._depth = 0
-        self._shadowed: list[tuple[nn.Module, str]] = []
+        self._in_backward = False
+        self._shadows: list[_Shadow] = []
         self._dense: list[tuple[Tensor, Tensor]] | None = None
         self._factors: dict[Tensor, Factor] | None = None
         self.seen: dict[Tensor, Factor] = {}
@@ -107,49 +116,71 @@ class Masking:
             for handle in self._handles.pop(root, []):
                 handle.remove()
 
-    def _enter(self, module: nn.Module) -> None:
-        # The module that is called from outside opens; the calls inside it find the masks in place. So a block
-        # that activation checkpointing runs again in the backward pass opens for itself, with the same masks.
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        # The module that is called from outside opens; the calls inside it find the masks in place.
+        if self._opened_by is not None and self._is_stale(module):
+            self._close()
         if self._opened_by is module:
-            if module.training:
-                self._depth += 1
-                return
-            self._close()  # a KeyboardInterrupt left the pass without its hooks
+            self._depth += 1
         if self._opened_by is not None or self._dense is not None:
             return
         if not (module.training and torch.is_grad_enabled()):
             return
         factors = self.factors()
+        if _runs_backward():
+            # Activation checkpointing runs a part again; it must see what it saw the first time.
+            factors = {param: factor for param, factor in factors.items() if param in self.seen}
         masked: dict[Tensor, Tensor] = {}
-        shadows: list[tuple[nn.Module, str, Tensor]] = []
+        shadows: list[_Shadow] = []
         for part in module.modules():
             if not part.training:
                 continue
             for name, param in part._parameters.items():
                 if param is not None and param in factors:
                     if param not in masked:
-                        value, dense_grad = factors[param]
-                        masked[param] = _StraightThrough.apply(param, value) if dense_grad else param * value
-                    shadows.append((part, name, masked[param]))
+                        masked[param] = _mask(param, factors[param])
+                    shadows.append(_Shadow(part, name, masked[param]))
         self.seen.update((param, factors[param]) for param in masked)
-        self._opened_by, self._depth = module, 1
+        self._open(module, shadows)
+
+    def _leave(self, module: nn.Module, *args: Any) -> None:
+        if self._opened_by is not module:
+            return
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        shadows = self._shadows
+        self._close()
+        # A function that activation checkpointing runs again may read a weight without calling its module: the
+        # masked weights are back in place while the backward pass of this output runs.
+        for output in tree_leaves(args[-1]) if shadows else ():
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda grad: self._reopen(module, shadows))
+
+    def _reopen(self, module: nn.Module, shadows: list[_Shadow]) -> None:
+        if self._opened_by is None and self._dense is None and _runs_backward():
+            self._open(module, shadows)
+            self._in_backward = True
+            Variable._execution_engine.queue_callback(_AtEndOfBackward(self._close))
+
+    def _open(self, module: nn.Module, shadows: list[_Shadow]) -> None:
+        self._opened_by, self._depth, self._shadows = module, 1, shadows
         for part, name, weight in shadows:
             # An instance attribute hides the parameter from `part.name`, and from nothing else.
             part.__dict__[name] = weight
-            self._shadowed.append((part, name))
 
-    def _leave(self, module: nn.Module) -> None:
-        if self._opened_by is module:
-            self._depth -= 1
-            if self._depth == 0:
-                self._close()
+    def _is_stale(self, module: nn.Module) -> bool:
+        """Whether the pass that opened never came to its end: a KeyboardInterrupt, or an error in a backward pass."""
+        if self._in_backward:
+            return not _runs_backward()
+        return self._opened_by is module and not module.training
 
     def _close(self) -> None:
-        for part, name in self._shadowed:
+        for part, name, _ in self._shadows:
             part.__dict__.pop(name, None)
             if isinstance(part, nn.RNNBase):
                 part._init_flat_weights()  # it caches its weights in a list
-        self._shadowed = []
+        self._shadows, self._in_backward = [], False
         self._opened_by, self._depth = None, 0
 
     # -- scopes --
@@ -159,6 +190,7 @@ class Masking:
         """Multiplies the parameters in place for the time of the scope."""
         if self._dense is not None:
             raise RuntimeError("masked() and expected() cannot be nested: leave the outer scope first")
+        torch.clear_autocast_cache()  # it holds casts of the weights that are about to change
         with torch.no_grad():
             self._dense = [(param, param.detach().clone()) for param in factors]
             for param, factor in factors.items():
@@ -170,18 +202,33 @@ class Masking:
 
     def restore(self) -> None:
         """Ends the scope, if one is open: the parameters hold their dense weights again."""
+        if self._dense is None:
+            return
+        torch.clear_autocast_cache()
         with torch.no_grad():
-            for param, dense in self._dense or []:
+            for param, dense in self._dense:
                 param.copy_(dense)
         self._dense = None
+
+
+class _AtEndOfBackward:
+    """Calls a function when the backward pass ends, by an error too: then the engine lets go of its callbacks."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._finish = weakref.finalize(self, function)
+
+    def __call__(self) -> None:
+        self._finish()
+
+
+def _runs_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 class _Hook:
     """A forward hook that a copy or a pickle of the module leaves behind: an attachment binds two living objects."""
 
-    def __init__(
-        self, masking: Masking, root: nn.Module, is_root: bool, action: Callable[[Masking, nn.Module], None]
-    ) -> None:
+    def __init__(self, masking: Masking, root: nn.Module, is_root: bool, action: Callable[..., None]) -> None:
         self.masking = weakref.ref(masking)
         self.root = weakref.ref(root)
         self.is_root = is_root
@@ -190,14 +237,14 @@ class _Hook:
     def __call__(self, module: nn.Module, *args: Any) -> None:
         # Inside a compiled region the attributes were shadowed before it was entered; tracing passes over the hooks
         # of the parts. A root that is itself inside one breaks the graph here, so that masks are not lost.
-        if not torch.compiler.is_compiling() or self.is_root:
-            self._run(module)
+        if not torch.compiler.is_compiling() or (self.is_root and not torch.compiler.is_exporting()):
+            self._run(module, *args)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _run(self, module: nn.Module) -> None:
+    def _run(self, module: nn.Module, *args: Any) -> None:
         masking = self.masking()
         if masking is not None:
-            self.action(masking, module)
+            self.action(masking, module, *args)
 
     def yield_to(self, owner: MaskOwner | None, module: nn.Module) -> None:
         """Detaches its root where another optimizer takes over parameters of the module."""

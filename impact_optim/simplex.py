@@ -115,7 +115,7 @@ def _sample_level(log_w: Sequence[Tensor], mean: float) -> Tensor:
     sample = sample.sort(descending=True).values.double()
     # With the k largest full, the others carry the rest: c_k = (mean·n - k) / (their sum). It is right for the first
     # k that leaves the next largest below 1.
-    open_share = mean * sample.numel() - torch.arange(sample.numel(), device=device)
+    open_share = mean * sample.numel() - torch.arange(sample.numel(), dtype=torch.float64, device=device)
     level = open_share.clamp_min(1e-30).log() - sample.flip(0).logcumsumexp(0).flip(0)
     k = (level + sample <= 1e-9).to(torch.uint8).argmax()
     return level[k].float()

@@ -419,7 +419,7 @@ class TestMaskedScope:
         assert_dense(model, dense)
 
     def test_per_rank_masks_need_attach(self):
-        model, optimizer = build(per_rank_masks=True)
+        _model, optimizer = build(per_rank_masks=True)
         with pytest.raises(RuntimeError, match="attach"), optimizer.masked():
             pass
 
