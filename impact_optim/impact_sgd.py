@@ -24,7 +24,7 @@ __all__ = ["ImpactSGD", "TensorSummary", "impact_sgd"]
 
 _SCALE_DECAY = 0.9  # of the running mean of |h|
 _CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
-_RESCALE_FLOOR = 1e-3  # rescale="inverse" enlarges a kept weight a thousandfold at most
+_RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
 _FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which one Newton step a mask keeps the budget to 1e-3
 
 # Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it.
@@ -58,9 +58,9 @@ class ImpactSGD(Optimizer):
         nesterov: bool = False,
         *,
         drop_rate: float = 0.1,
-        importance: str = "saliency",
+        importance: str = "fisher",
         importance_lr: float = 0.01,
-        kl_weight: float = 1.0,
+        kl_weight: float = 10.0,
         simplex: str = "group",
         drop: str = "unimportant",
         rescale: str = "inverse",
@@ -267,8 +267,9 @@ class ImpactSGD(Optimizer):
                     masks = _exact_masks(keep, u, group["drop_rate"])
                 else:
                     masks = [draw < k for draw, k in zip(u, keep, strict=True)]
+                smallest = (1.0 - group["drop_rate"]) / _RESCALE_CAP
                 for p, k, mask in zip(members, keep, masks, strict=True):
-                    value = mask / k.clamp_min(_RESCALE_FLOOR) if group["rescale"] == "inverse" else mask
+                    value = mask / k.clamp_min(smallest) if group["rescale"] == "inverse" else mask
                     factors[p] = Factor(value.to(p.dtype), dense_grad=not group["per_rank_masks"])
         return factors
 
@@ -637,15 +638,16 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         nesterov (bool, optional): enables Nesterov momentum (default: False)
         drop_rate (float, optional): expected share of weights that a mask drops, in [0, 1) (default: 0.1)
         importance (str, optional): the signal h, a name in :data:`impact_optim.SIGNALS`, or ``"uniform"`` for classic
-            DropConnect, which keeps no importances (default: ``"saliency"``)
+            DropConnect, which keeps no importances (default: ``"fisher"``)
         importance_lr (float, optional): η, step size of the mirror descent (default: 0.01)
         kl_weight (float, optional): λ, the temperature: a constant u leads to w ∝ exp(-u/λ); 0 lets one weight take
-            everything (default: 1)
+            everything (default: 10)
         simplex (str, optional): ``"group"``, one simplex over a parameter group, or ``"tensor"``, one per tensor
             (default: ``"group"``)
         drop (str, optional): what is dropped first, ``"unimportant"`` or ``"important"`` (default: ``"unimportant"``)
         rescale (str, optional): ``"inverse"`` divides kept weights by π, so that the dense weights are what one
-            evaluates; ``"none"`` leaves them, and :meth:`expected` gives what to evaluate (default: ``"inverse"``)
+            evaluates (by ``(1 - drop_rate) / 10`` where π is smaller still); ``"none"`` leaves them, and
+            :meth:`expected` gives what to evaluate (default: ``"inverse"``)
         keep_floor (float, optional): f, the smallest keep probability, at most ``1 - drop_rate`` (default: 0.01)
         sampling (str, optional): ``"bernoulli"``, or ``"exact"`` for masks that drop exactly ``round(drop_rate * n)``
             weights (default: ``"bernoulli"``)

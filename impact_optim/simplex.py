@@ -7,7 +7,6 @@ A simplex holds ``n`` weights, spread over one or several tensors. Its point is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 LOG_BOUND = 60.0
 
 _SAMPLE = 4096  # enough to start within a percent of the target
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def mirror_step(
@@ -72,7 +72,7 @@ def water_level(log_w: Sequence[Tensor], mean: float, log_level: Tensor | None =
 
     Up to 4096 weights are sorted, and the level is exact. With more, the mean is a concave, piecewise linear function
     of c, so that a Newton step lands at or below the root, and the next ones rise to it. From the level of a simplex
-    that has moved a little since, one step will do. Without such a start, three steps begin at the level of a sample.
+    that has moved a little since, one step will do. Without such a start, four steps begin at the level of a sample.
 
     Args:
         log_w: the tensors of the simplex.
@@ -88,7 +88,7 @@ def water_level(log_w: Sequence[Tensor], mean: float, log_level: Tensor | None =
         tensor(0.5000)
     """
     n = _numel(log_w)
-    steps = 0 if n <= _SAMPLE else 3 if log_level is None else 1
+    steps = 0 if n <= _SAMPLE else 4 if log_level is None else 1
     if log_level is None or n <= _SAMPLE:
         log_level = _sample_level(log_w, mean)
     for _ in range(steps):
@@ -106,13 +106,16 @@ def water_level(log_w: Sequence[Tensor], mean: float, log_level: Tensor | None =
 
 
 def _sample_level(log_w: Sequence[Tensor], mean: float) -> Tensor:
-    """log c for every so-manieth weight of the simplex, by sorting."""
-    stride = -(-_numel(log_w) // _SAMPLE)
-    while math.gcd(stride, 210) > 1:  # in step with no row length and no kernel size
-        stride += 1
-    device = log_w[0].device
-    sample = torch.cat([t.reshape(-1)[stride // 2 % t.numel() :: stride].to(device) for t in log_w])
-    sample = sample.sort(descending=True).values.double()
+    """log c for a sample of the simplex, or for all of it if it is small, by sorting."""
+    device, n = log_w[0].device, _numel(log_w)
+    parts = [t.reshape(-1) for t in log_w]
+    if n > _SAMPLE:
+        # Multiples of the golden ratio modulo 1 spread evenly and keep step with no row length or kernel size.
+        spread = torch.arange(_SAMPLE, dtype=torch.float64, device=device).mul_(_GOLDEN_RATIO).frac_()
+        sizes = [-(-_SAMPLE * part.numel() // n) for part in parts]
+        places = [(spread[:size] * part.numel()).long() for part, size in zip(parts, sizes, strict=True)]
+        parts = [part[place.to(part.device)] for part, place in zip(parts, places, strict=True)]
+    sample = torch.cat([part.to(device) for part in parts]).sort(descending=True).values.double()
     # With the k largest full, the others carry the rest: c_k = (mean·n - k) / (their sum). It is right for the first
     # k that leaves the next largest below 1.
     open_share = mean * sample.numel() - torch.arange(sample.numel(), dtype=torch.float64, device=device)

@@ -70,7 +70,8 @@ class ReferenceImpactSGD:
                 out.append(1.0)
             else:
                 mask = (u < p).astype(np.float64)
-                out.append(mask / p if self.o["rescale"] == "inverse" else mask)
+                floored = np.maximum(p, (1 - self.o["drop_rate"]) / 10)
+                out.append(mask / floored if self.o["rescale"] == "inverse" else mask)
         return out
 
     def step(self, grads, factors):

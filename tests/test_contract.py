@@ -309,9 +309,9 @@ def test_takes_a_generator_and_named_parameters():
 def test_defaults_are_those_of_a_later_group():
     optimizer = ImpactSGD([nn.Parameter(torch.randn(2, 3))], lr=0.5, drop_rate=0.25)
     optimizer.defaults["drop_rate"] = 0.75
-    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2, 3))], "importance": "fisher"})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2, 3))], "importance": "saliency"})
     assert [g["drop_rate"] for g in optimizer.param_groups] == [0.25, 0.75]
-    assert [g["importance"] for g in optimizer.param_groups] == ["saliency", "fisher"]
+    assert [g["importance"] for g in optimizer.param_groups] == ["fisher", "saliency"]
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.5]
 
 
@@ -650,9 +650,11 @@ def test_groups_train_as_separate_optimizers_would():
     grads = [[torch.randn(4, 3) for _ in options] for _ in range(5)]
 
     together = [nn.Parameter(v.clone()) for v in values]
-    optimizer = ImpactSGD([{"params": [p], **o} for p, o in zip(together, options, strict=True)], importance_lr=0.3)
+    optimizer = ImpactSGD(
+        [{"params": [p], **o} for p, o in zip(together, options, strict=True)], importance_lr=0.3, kl_weight=1.0
+    )
     alone = [nn.Parameter(v.clone()) for v in values]
-    separate = [ImpactSGD([p], **o, importance_lr=0.3) for p, o in zip(alone, options, strict=True)]
+    separate = [ImpactSGD([p], **o, importance_lr=0.3, kl_weight=1.0) for p, o in zip(alone, options, strict=True)]
     for step_grads in grads:
         for p, q, g in zip(together, alone, step_grads, strict=True):
             p.grad, q.grad = g.clone(), g.clone()
@@ -794,11 +796,11 @@ def test_state_dict_of_sgd_leaves_every_group_its_own_new_options():
     body, head = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 3))
     sgd = torch.optim.SGD([{"params": [body]}, {"params": [head]}], lr=0.1)
     optimizer = ImpactSGD(
-        [{"params": [body]}, {"params": [head], "drop_rate": 0.0, "importance": "fisher"}], drop_rate=0.3
+        [{"params": [body]}, {"params": [head], "drop_rate": 0.0, "importance": "saliency"}], drop_rate=0.3
     )
     optimizer.load_state_dict(sgd.state_dict())
     assert [g["drop_rate"] for g in optimizer.param_groups] == [0.3, 0.0]
-    assert [g["importance"] for g in optimizer.param_groups] == ["saliency", "fisher"]
+    assert [g["importance"] for g in optimizer.param_groups] == ["fisher", "saliency"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

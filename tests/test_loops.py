@@ -192,7 +192,9 @@ def test_closure():
 def test_lookahead_sees_the_same_batch_under_the_same_masks_again():
     """Its h is - lr * step direction * (gradient on the same batch, under the same masks, where the step led)."""
     model = mlp()
-    optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, drop_rate=0.3, importance="lookahead", importance_lr=0.5)
+    optimizer = ImpactSGD(
+        model, lr=0.1, momentum=0.9, drop_rate=0.3, importance="lookahead", importance_lr=0.5, kl_weight=1.0
+    )
     by_hand = ByHand(model, lr=0.1, momentum=0.9)
     for step, (x, y) in enumerate(batches(2)):
         by = factors(model, optimizer)
@@ -731,7 +733,7 @@ def test_submodule_in_eval_mode_stays_dense(trained):
 def test_freezing_and_unfreezing_on_the_way():
     """A frozen tensor rests bit for bit, is not masked, and the others have the budget for themselves."""
     model = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 6))
-    optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, drop_rate=0.3, importance_lr=0.1)
+    optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, drop_rate=0.3, importance_lr=0.1, kl_weight=0.3)
     matrices = [model[0].weight, model[2].weight, model[4].weight]
 
     def train(steps: int) -> None:

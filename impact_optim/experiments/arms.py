@@ -1,0 +1,101 @@
+"""The arms of the study: what each of them passes to the optimizer."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..impact_sgd import ImpactSGD
+
+ARMS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "dropconnect": {"importance": "uniform"},
+    "impacts": {"importance": "hypergradient", "kl_weight": 0.0},
+    "impacts+regularization": {"importance": "hypergradient"},
+    "lookahead": {"importance": "lookahead"},
+    "saliency": {"importance": "saliency"},
+    "saliency-tensor": {"importance": "saliency", "simplex": "tensor"},
+    "fisher": {"importance": "fisher"},
+    "magnitude": {"importance": "magnitude"},
+    "drop-important": {"importance": "saliency", "drop": "important"},
+    "scaled-steps": {"importance": "hypergradient", "drop_rate": 0.0, "scale_steps": True},
+}
+"""Arms by name: the options of :class:`ImpactSGD` that make the arm what it is. ``baseline`` is ``torch.optim.SGD``."""
+
+DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
+"""The four that the study compares."""
+
+BASELINE = "baseline"
+_SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+# What a command may set; the rest of ImpactSGD's options belong to the program or change nothing that it reports.
+_NOT_SETTABLE = ("self", "params", "seed", "per_rank_masks", "maximize", "differentiable")
+SETTABLE = tuple(name for name in inspect.signature(ImpactSGD.__init__).parameters if name not in _NOT_SETTABLE)
+"""Options that :func:`arm_options` accepts overrides of."""
+
+
+def arm_options(
+    arms: Sequence[str], common: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """The optimizer's keyword arguments for each arm.
+
+    Later ones win: ``common``; overrides for all arms; what makes the arm what it is; overrides for the one arm.
+
+    Args:
+        arms: names out of :data:`ARMS`.
+        common: options for all arms, such as ``{"lr": 0.1}``.
+        overrides: ``"OPTION=VALUE"`` for all arms, ``"ARM.OPTION=VALUE"`` for one.
+
+    Raises:
+        ValueError: an unknown arm or option, or a value that the optimizer does not take.
+
+    Example:
+        >>> arm_options(["fisher"], {"lr": 0.1}, ["fisher.lr=0.2"])
+        {'fisher': {'lr': 0.2, 'importance': 'fisher'}}
+    """
+    for arm in arms:
+        if arm not in ARMS:
+            raise ValueError(f"there is no arm {arm!r}; choose from {', '.join(ARMS)}")
+    for_all: dict[str, Any] = {}
+    for_one: dict[str, dict[str, Any]] = {arm: {} for arm in ARMS}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        arm, dot, name = key.rpartition(".")
+        if not equals:
+            raise ValueError(f"cannot read the override {override!r}: write OPTION=VALUE or ARM.OPTION=VALUE")
+        if dot and arm not in ARMS:
+            raise ValueError(f"{override!r} is for an arm {arm!r}, which does not exist; choose from {', '.join(ARMS)}")
+        if name not in SETTABLE:
+            raise ValueError(f"{override!r} sets {name!r}, which is no option; choose from {', '.join(SETTABLE)}")
+        (for_one[arm] if dot else for_all)[name] = _value(text)
+    options = {arm: {**common, **for_all, **ARMS[arm], **for_one[arm]} for arm in arms}
+    if BASELINE in options:
+        options[BASELINE] = {name: value for name, value in options[BASELINE].items() if name in _SGD_OPTIONS}
+    for arm in arms:  # a wrong value shows now, not after the arms before it have trained
+        try:
+            build_optimizer(arm, nn.Linear(2, 2), options[arm], seed=0)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"arm {arm}: {error}") from error
+    return options
+
+
+def build_optimizer(arm: str, model: nn.Module, options: Mapping[str, Any], seed: int) -> torch.optim.Optimizer:
+    """The optimizer of an arm, attached to the model.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    if arm == BASELINE:
+        return torch.optim.SGD(model.parameters(), **options)
+    return ImpactSGD(model, **options, seed=seed)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,325 @@
+"""The command line: options, progress, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arms import ARMS, DEFAULT_ARMS, SETTABLE, arm_options
+from .data import DATA, Data, batch_count, load_data
+from .models import MODELS, build_model
+from .results import Line, ResultsFolder, format_table, runs_of, summarise
+from .training import DROP_SCHEDULES, PRECISIONS, SCHEDULES, Recipe, train
+
+PROGRAM = "impact-optim"
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+
+
+class Study(NamedTuple):
+    """Everything that a command line asks for, checked."""
+
+    arms: dict[str, dict[str, Any]]
+    """The optimizer's options of each arm."""
+    seeds: range
+    recipe: Recipe
+    data: Data
+    results: ResultsFolder
+    progress: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a study and reports it.
+
+    Returns:
+        The exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        study = _prepare(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    status = 0
+    with closing(study.results):
+        try:
+            _train_all(study)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            status = INTERRUPTED
+        _report(study)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Trains the arms of the study side by side and reports test accuracy, generalisation gap and time, "
+        "with pictures. The same command resumes where it was stopped; more arms or seeds may join.",
+        epilog=f"Arms: {', '.join(ARMS)}. Options for --set: {', '.join(SETTABLE)}.",
+    )
+    what = parser.add_argument_group("what to compare")
+    what.add_argument(
+        "--arms", nargs="+", metavar="ARM", default=list(DEFAULT_ARMS), help=f"default: {' '.join(DEFAULT_ARMS)}"
+    )
+    what.add_argument(
+        "--seeds", type=_positive, default=3, metavar="N", help="runs per arm, seeded 0 to N-1 (%(default)s)"
+    )
+    what.add_argument("--data", choices=DATA, default="digits", help="data set (%(default)s)")
+    what.add_argument("--model", choices=MODELS, default="mlp", help="network (%(default)s)")
+    what.add_argument("--width", type=_positive, metavar="N", help="of the network; its own default if not given")
+    what.add_argument("--subset", type=_positive, metavar="N", help="train on so many examples only")
+    what.add_argument(
+        "--evaluate",
+        choices=("test", "validation"),
+        default="test",
+        help="what to report on (%(default)s); validation examples are held out of the training set, to tune without "
+        "the test set",
+    )
+    what.add_argument(
+        "--validation-split", type=float, default=0.2, metavar="SHARE", help="held out for validation (%(default)s)"
+    )
+
+    how = parser.add_argument_group("how to train")
+    how.add_argument(
+        "--epochs", type=_positive, default=Recipe.epochs, metavar="N", help="passes over the data (%(default)s)"
+    )
+    how.add_argument(
+        "--batch", type=_positive, default=Recipe.batch, metavar="N", help="examples per step (%(default)s)"
+    )
+    how.add_argument("--lr", type=float, default=0.05, help="learning rate (%(default)s)")
+    how.add_argument("--momentum", type=float, default=0.9, help="momentum factor (%(default)s)")
+    how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="L2 penalty (%(default)s)")
+    how.add_argument(
+        "--schedule", choices=SCHEDULES, default=Recipe.schedule, help="of the learning rate (%(default)s)"
+    )
+    how.add_argument(
+        "--drop-rate", type=float, default=0.1, metavar="SHARE", help="share of weights dropped per step (%(default)s)"
+    )
+    how.add_argument(
+        "--drop-schedule", choices=DROP_SCHEDULES, default=Recipe.drop_schedule, help="linear decays to 0 (%(default)s)"
+    )
+    how.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[ARM.]OPTION=VALUE",
+        help="sets an option of the optimizer, for all arms or for one: --set kl_weight=3 --set saliency.lr=0.2",
+    )
+    how.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=Recipe.precision,
+        help="of the forward and backward pass (%(default)s)",
+    )
+
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto, the default, takes a GPU if there is one"
+    )
+    where.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; PyTorch's choice if not given")
+    where.add_argument(
+        "--data-folder", type=Path, default=Path("data"), metavar="DIR", help="of downloaded data sets (%(default)s)"
+    )
+    where.add_argument("--download", action="store_true", help="download the data set if it is not there")
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (runs/DATA-MODEL)")
+    where.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="progress bar; by default on a terminal only",
+    )
+    return parser
+
+
+def _prepare(args: argparse.Namespace) -> Study:
+    """Checks all that can be checked before hours of training.
+
+    Raises:
+        ValueError, OSError, ImportError: something that the user can mend.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = _device(args.device)
+    recipe = Recipe(args.model, args.width, args.epochs, args.batch, args.schedule, args.drop_schedule, args.precision)
+    common = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "drop_rate")}
+    arms = arm_options(list(dict.fromkeys(args.arms)), common, args.set)
+    progress = sys.stderr.isatty() if args.progress is None else args.progress
+    if args.progress and not _has_tqdm():
+        raise ImportError("--progress needs tqdm, which is not installed: pip install tqdm")
+
+    data = load_data(args.data, args.data_folder, args.download)
+    if args.evaluate == "validation":
+        data = data.validation_split(args.validation_split)
+    if args.subset:
+        data = data.subset(args.subset)
+    with torch.device("meta"):
+        build_model(args.model, data.x.shape[1:], data.classes, args.width)
+
+    settings = {
+        "data": args.data,
+        "subset": args.subset,
+        "evaluate": args.evaluate,
+        "validation_split": args.validation_split if args.evaluate == "validation" else None,
+        **asdict(recipe),
+        "device": device.type,
+    }
+    results = ResultsFolder(args.out or Path("runs") / f"{args.data}-{args.model}", settings, arms)
+    return Study(arms, range(args.seeds), recipe, data.to(device), results, progress and _has_tqdm())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # PyTorch built without CUDA asserts
+        raise ValueError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def _train_all(study: Study) -> None:
+    """Trains what is not finished, seed by seed, so that all arms can be compared early."""
+    with _Progress(study) as progress:
+        for seed in study.seeds:
+            for arm, options in study.arms.items():
+                if not study.results.finished(arm, seed):
+                    progress.start(arm, seed)
+                    train(
+                        arm,
+                        seed,
+                        options,
+                        study.recipe,
+                        study.data,
+                        study.results,
+                        on_batch=progress.on_batch,
+                        on_epoch=progress.on_epoch,
+                    )
+
+
+class _Progress:
+    """One bar over all steps of the study, with the run, its loss and its accuracy."""
+
+    def __init__(self, study: Study) -> None:
+        self._steps, self._epochs = batch_count(study.data, study.recipe.batch), study.recipe.epochs
+        self._heldout = study.data.heldout
+        self._bar: Any = None
+        self._batch, self._loss, self._accuracy = 0, "", ""
+        if study.progress:
+            from tqdm import tqdm
+
+            done = sum(line["arm"] in study.arms and line["seed"] in study.seeds for line in study.results.lines())
+            total = len(study.arms) * len(study.seeds) * self._epochs * self._steps
+            self._bar = tqdm(total=total, initial=done * self._steps, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, arm: str, seed: int) -> None:
+        if self._bar is not None:
+            self._bar.set_description(f"{arm}, seed {seed}", refresh=False)
+        self._show(loss="", accuracy="")
+
+    def on_batch(self, loss: Tensor) -> None:
+        if self._bar is not None:
+            self._batch += 1
+            if self._batch % 20 == 0:  # reading a loss waits for the device
+                self._show(loss=f"loss {loss.item():.3f}")
+            self._bar.update()
+
+    def on_epoch(self, line: Line) -> None:
+        self._show(accuracy=f", epoch {line['epoch']}/{self._epochs}: {self._heldout} {100 * line['accuracy']:.1f}%")
+
+    def _show(self, loss: str | None = None, accuracy: str | None = None) -> None:
+        self._loss = self._loss if loss is None else loss
+        self._accuracy = self._accuracy if accuracy is None else accuracy
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._loss + self._accuracy, refresh=False)
+
+
+def _has_tqdm() -> bool:
+    try:
+        import tqdm  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------- report
+
+
+def _report(study: Study) -> None:
+    """Prints the table of the finished runs, and writes it and the pictures."""
+    results, epochs, heldout = study.results, study.recipe.epochs, study.data.heldout
+    lines = [line for line in results.lines() if line["seed"] in study.seeds]
+    lines = [line for line in lines if results.finished(line["arm"], line["seed"])]
+    summaries = summarise(lines, study.arms, epochs)
+    if not summaries:
+        print("no run has finished yet")
+        return
+    table = format_table(summaries, epochs, heldout)
+    (results.path / "table.md").write_text(table + "\n")
+    print(table)
+    try:
+        pictures = _draw(study, lines)
+    except ImportError:
+        print("the pictures need matplotlib, which is not installed: pip install matplotlib", file=sys.stderr)
+        pictures = []
+    print("\n" + "\n".join(str(path) for path in [results.path / "table.md", *pictures]))
+
+
+def _draw(study: Study, lines: Sequence[Line]) -> list[Path]:
+    from ..plots import (
+        arm_colors,
+        merge_statistics,
+        plot_convergence,
+        plot_importances_of,
+        plot_keep_probabilities_of,
+    )
+
+    results, heldout = study.results, study.data.heldout
+    runs = {arm: runs_of(lines, arm, study.recipe.epochs) for arm in study.arms}
+    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+    colors = arm_colors(study.arms)
+
+    def curves(key: str, scale: float = 1.0) -> dict[str, list[list[float]]]:
+        return {arm: [[scale * line[key] for line in run] for run in by_seed.values()] for arm, by_seed in runs.items()}
+
+    figures = {
+        "convergence": plot_convergence(
+            {f"{heldout} accuracy (%)": curves("accuracy", 100), "training loss": curves("train_loss")}, colors
+        )
+    }
+    layers = {arm: merge_statistics(results.layers(arm, seed) for seed in by_seed) for arm, by_seed in runs.items()}
+    layers = {arm: statistics for arm, statistics in layers.items() if statistics}
+    if layers:
+        figures["importances"] = plot_importances_of(layers, colors)
+        figures["keep_probability"] = plot_keep_probabilities_of(layers, colors)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(results.path / f"{name}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths

@@ -1,0 +1,195 @@
+"""One run of the study: an arm and a seed, trained, evaluated after every epoch, resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import update_bn
+
+from ..impact_sgd import ImpactSGD
+from ..plots import layer_statistics
+from .arms import build_optimizer
+from .data import Data, batch_count, batches
+from .models import build_model
+from .results import Line, ResultsFolder
+
+SCHEDULES = ("constant", "cosine", "onecycle")
+DROP_SCHEDULES = ("constant", "linear")
+PRECISIONS = ("float32", "bfloat16")
+
+_EVALUATION_BATCH = 1000
+_TRAIN_EVALUATED = 10_000  # training examples that the training accuracy is measured on
+_BATCH_NORM_BATCHES = 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every run of a study trains, whatever its arm and seed.
+
+    Args:
+        model: one of :data:`~impact_optim.experiments.models.MODELS`.
+        width: of the model; its own default if ``None``.
+        epochs, batch: at least 1.
+        schedule: of the learning rate over all steps, one of :data:`SCHEDULES`.
+        drop_schedule: of the drop rate over the epochs; ``"linear"`` decays to 0.
+        precision: ``"bfloat16"`` computes in it under autocast; the weights stay float32.
+    """
+
+    model: str = "mlp"
+    width: int | None = None
+    epochs: int = 40
+    batch: int = 64
+    schedule: str = "cosine"
+    drop_schedule: str = "constant"
+    precision: str = "float32"
+
+
+def train(
+    arm: str,
+    seed: int,
+    options: Mapping[str, Any],
+    recipe: Recipe,
+    data: Data,
+    results: ResultsFolder,
+    on_batch: Callable[[Tensor], None] = lambda loss: None,
+    on_epoch: Callable[[Line], None] = lambda line: None,
+) -> None:
+    """Trains one arm with one seed to the end, from its checkpoint if it has one.
+
+    The initial weights and the order of the batches depend on the seed alone, so that arms can be compared in pairs.
+    An interrupted run that goes on ends with the same numbers, bit for bit, as one that was left alone.
+
+    Args:
+        arm: names the run.
+        seed: of the initial weights, the batches and the masks.
+        options: the arm's optimizer options, from :func:`~impact_optim.experiments.arms.arm_options`.
+        recipe: the rest of what the run depends on.
+        data: on the device to train on.
+        results: gets a line and a checkpoint per epoch.
+        on_batch: called with the loss of every step.
+        on_epoch: called with the line of every epoch, after the checkpoint.
+    """
+    device = data.x.device
+    with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
+        torch.manual_seed(seed)
+        model = build_model(recipe.model, data.x.shape[1:], data.classes, recipe.width)
+    channels_last = recipe.precision == "bfloat16" and any(isinstance(m, nn.Conv2d) for m in model.modules())
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    model.to(device).to(memory_format=memory_format)
+    optimizer = build_optimizer(arm, model, options, seed)
+    steps = batch_count(data, recipe.batch)
+    scheduler = _lr_scheduler(recipe.schedule, optimizer, recipe.epochs * steps)
+    compute = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+    done = 0
+    if (checkpoint := results.checkpoint(arm, seed, device)) is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        done = checkpoint["epoch"]
+
+    for epoch in range(done, recipe.epochs):
+        if recipe.drop_schedule == "linear":
+            for group in optimizer.param_groups:
+                if "drop_rate" in group:
+                    group["drop_rate"] = optimizer.defaults["drop_rate"] * (1 - epoch / recipe.epochs)
+        lr = optimizer.param_groups[0]["lr"]
+        started = time.perf_counter()
+        total = torch.zeros((), device=device)
+        for x, y in batches(data, recipe.batch, seed, epoch):
+            x = x.to(memory_format=memory_format)
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                with compute:
+                    loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            loss: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]  # torch says float
+            scheduler.step()
+            total += loss.detach()
+            on_batch(loss.detach())
+        batch_loss = total.item() / steps
+        seconds = time.perf_counter() - started
+
+        with _expected(optimizer), compute:
+            if any(isinstance(module, _BatchNorm) for module in model.modules()):
+                # The running statistics were gathered under masks, whose activations are noisier than those of the
+                # dense network: measure the latter (without gradients, a pass in train mode is dense). All arms get
+                # it, so that none is favoured. Training normalises by each batch and does not see the change.
+                inputs = (x for x, _ in islice(batches(data, recipe.batch, seed, epoch), _BATCH_NORM_BATCHES))
+                update_bn((x.to(memory_format=memory_format) for x in inputs), model)
+            train_loss, train_accuracy = evaluate(model, data.x[:_TRAIN_EVALUATED], data.y[:_TRAIN_EVALUATED])
+            heldout_loss, accuracy = evaluate(model, data.heldout_x, data.heldout_y)
+        line = {
+            "arm": arm,
+            "seed": seed,
+            "epoch": epoch + 1,
+            "heldout": data.heldout,
+            "accuracy": accuracy,
+            "loss": heldout_loss,
+            "train_accuracy": train_accuracy,
+            "train_loss": train_loss,
+            "batch_loss": batch_loss,
+            "lr": lr,
+            "dropped": expected_drop(optimizer),
+            "seconds": round(seconds, 4),
+        }
+        # The line first: an epoch that has no checkpoint is repeated, and its second line replaces the first.
+        results.append(line)
+        checkpoint = {
+            "epoch": epoch + 1,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+        results.save_checkpoint(arm, seed, checkpoint)
+        on_epoch(line)
+    results.finish(arm, seed, layer_statistics(optimizer, model) if isinstance(optimizer, ImpactSGD) else [])
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of a model in evaluation mode; it is left in train mode."""
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    correct = torch.zeros((), dtype=torch.int64, device=x.device)
+    for xs, ys in zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH), strict=True):
+        logits = model(xs).float()
+        loss += F.cross_entropy(logits, ys, reduction="sum")
+        correct += (logits.argmax(1) == ys).sum()
+    model.train()
+    return loss.item() / len(y), correct.item() / len(y)
+
+
+def expected_drop(optimizer: torch.optim.Optimizer) -> float:
+    """Expected share of dropped weights among those that can be dropped, measured from the keep probabilities."""
+    if not isinstance(optimizer, ImpactSGD):
+        return 0.0
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.dim() >= 2]
+    kept = sum(optimizer.keep_probability(p).double().sum().item() for p in weights)
+    return 1 - kept / sum(p.numel() for p in weights)
+
+
+def _expected(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    # With rescale="none" the dense weights are larger than any network that was trained: x ⊙ π is what to evaluate.
+    return optimizer.expected() if isinstance(optimizer, ImpactSGD) else nullcontext()
+
+
+def _lr_scheduler(name: str, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    if name == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    if name == "onecycle":
+        return OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=steps, cycle_momentum=False)
+    return ConstantLR(optimizer, factor=1.0)
