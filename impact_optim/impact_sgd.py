@@ -25,7 +25,7 @@ __all__ = ["ImpactSGD", "TensorSummary", "impact_sgd"]
 _SCALE_DECAY = 0.9  # of the running mean of |h|
 _CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
 _RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
-_FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which one Newton step a mask keeps the budget to 1e-3
+_FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which the level of the mask before is worth a start
 
 # Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it.
 _FLOAT32_STATE = ("log_importance", "log_normalizer", "signal_scale", "water_level")
@@ -102,7 +102,7 @@ class ImpactSGD(Optimizer):
         _check_options(defaults)
         module = params if isinstance(params, nn.Module) else None
         self._masking = Masking(self)
-        self._new_levels: list[tuple[list[Tensor], Tensor, float]] = []
+        self._new_levels: list[tuple[list[Tensor], int, Tensor, float]] = []
         super().__init__(params if module is None else module.parameters(), defaults)  # type: ignore[arg-type]
         if module is not None:
             self.attach(module)
@@ -138,8 +138,9 @@ class ImpactSGD(Optimizer):
                     "torch.view_as_real(param) instead"
                 )
 
-    def _owns(self, param: Tensor) -> bool:
-        return any(param is p for group in self.param_groups for p in group["params"])
+    def _index(self) -> dict[Tensor, int]:
+        """The parameters, numbered through all groups."""
+        return {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))}
 
     def _name(self, param: Tensor) -> str:
         """What to call a parameter in an error or in a table."""
@@ -171,8 +172,9 @@ class ImpactSGD(Optimizer):
         A pass is masked where the module is in train mode and gradients are enabled. The masks stay the same until
         :meth:`step`. The parameters themselves never change: evaluation, ``state_dict()``, copies, weight averages and
         gradient clipping see the dense weights at any time, and ``param.grad`` is the dense gradient at the masked
-        weights. Of two ``ImpactSGD`` that share parameters, the one attached last masks them. Copies and pickles of an
-        attached module are plain modules.
+        weights; what reaches it by another path (a penalty on ``model.parameters()``) is masked by the step as well. A
+        weight that is read through an alias made earlier stays dense. Of two ``ImpactSGD`` that share parameters, the
+        one attached last masks them. Copies and pickles of an attached module are plain modules.
 
         Args:
             module: holds parameters of this optimizer. With ``torch.compile`` or ``DistributedDataParallel`` either
@@ -184,7 +186,7 @@ class ImpactSGD(Optimizer):
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"attach() takes a torch.nn.Module, but got {torch.typename(module)}")
-        if not any(self._owns(p) for p in module.parameters()):
+        if self._index().keys().isdisjoint(module.parameters()):
             raise ValueError(
                 f"attach() got a {type(module).__name__} none of whose parameters belongs to this optimizer; attach "
                 "the module whose parameters it was built with, or add them with add_param_group()"
@@ -231,25 +233,25 @@ class ImpactSGD(Optimizer):
     def expected(self) -> Generator[None, None, None]:
         """A scope in which the parameters hold the mean of the masked weights, to evaluate or to save.
 
-        With ``rescale="none"`` that is x ⊙ π. With ``rescale="inverse"`` it is the dense weights: nothing changes.
+        With ``rescale="none"`` that is x ⊙ π. With ``rescale="inverse"`` it is the dense weights, but for those that
+        are kept so rarely that their enlargement is capped.
 
         Raises:
             RuntimeError: nested.
         """
         factors: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            if group["drop_rate"] > 0 and group["rescale"] == "none":
-                for members in self._simplexes(group):
-                    for p, keep in zip(members, self._keep(members, group)[0], strict=True):
-                        factors[p] = keep.to(p.dtype)
+        index = self._index()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for members in self._simplexes(group) if group["drop_rate"] > 0 else []:
+                    for p, keep in zip(members, self._keep(members, group, index)[0], strict=True):
+                        factors[p] = (keep * _enlargement(keep, group)).to(p.dtype)
         with self._masking.substitute(factors):
             yield
 
     @torch.no_grad()
-    def _draw_factors(self) -> dict[Tensor, Factor]:
-        """The masks of this step. The levels they were drawn at are kept only by the step itself."""
-        self._new_levels = []
-        factors: dict[Tensor, Factor] = {}
+    def _draw_factors(self, factors: dict[Tensor, Factor]) -> None:
+        """Adds the masks of this step for the parameters that have none yet."""
         index = self._index()
         for group in self.param_groups:
             _check_options(group)
@@ -257,69 +259,82 @@ class ImpactSGD(Optimizer):
                 continue
             place = {"seed": group["seed"], "step": group["step"], "rank": _rank() if group["per_rank_masks"] else 0}
             for members in self._simplexes(group):
-                keep, level, target = self._keep(members, group)
+                if all(p in factors for p in members):
+                    continue
+                keep, level, target = self._keep(members, group, index)
                 if level is not None:
-                    self._new_levels.append((members, level, target))
-                bits = 32 if group["sampling"] == "exact" else 16
-                u = [uniform(p.numel(), tensor=index[p], bits=bits, device=p.device, **place) for p in members]
-                u = [draw.view(p.shape) for draw, p in zip(u, members, strict=True)]
+                    # Only the step itself changes the state: a save in between resumes with the same masks.
+                    self._new_levels.append((members, _simplex_id(members, index), level, target))
+                masks: Iterable[Tensor]
                 if group["sampling"] == "exact":
-                    masks = _exact_masks(keep, u, group["drop_rate"])
-                else:
-                    masks = [draw < k for draw, k in zip(u, keep, strict=True)]
-                smallest = (1.0 - group["drop_rate"]) / _RESCALE_CAP
+                    u = [uniform(p.numel(), tensor=index[p], bits=32, device=p.device, **place) for p in members]
+                    masks = _exact_masks(keep, u, members, group["drop_rate"])
+                else:  # one tensor at a time, so that no draw outlives its mask
+                    masks = (
+                        uniform(p.numel(), tensor=index[p], device=p.device, **place).view(p.shape) < k
+                        for p, k in zip(members, keep, strict=True)
+                    )
                 for p, k, mask in zip(members, keep, masks, strict=True):
-                    value = mask / k.clamp_min(smallest) if group["rescale"] == "inverse" else mask
-                    factors[p] = Factor(value.to(p.dtype), dense_grad=not group["per_rank_masks"])
-        return factors
+                    if p not in factors:
+                        value = (mask * _enlargement(k, group)).to(p.dtype)
+                        factors[p] = Factor(value, dense_grad=not group["per_rank_masks"])
 
-    @torch.no_grad()
-    def _keep(self, members: list[Tensor], group: dict[str, Any]) -> tuple[list[Tensor], Tensor | None, float]:
-        """Keep probabilities of a simplex, with the water level and its target where there is one."""
-        target = fill_target(group["drop_rate"], group["keep_floor"], group["drop"])
+    def _keep(
+        self, members: list[Tensor], group: dict[str, Any], index: dict[Tensor, int]
+    ) -> tuple[list[Tensor], Tensor | None, float]:
+        """Keep probabilities of a simplex, with the water level and its target where there is one. Changes nothing."""
+        drop_rate = group["drop_rate"]
+        if group["sampling"] == "exact":  # what can be met exactly
+            n = sum(p.numel() for p in members)
+            drop_rate = round(drop_rate * n) / n
+        budget = {"drop_rate": drop_rate, "keep_floor": group["keep_floor"], "drop": group["drop"]}
+        target = fill_target(**budget)
         if group["importance"] == "uniform" or not 0.0 < target < 1.0:
-            return [torch.full((), 1.0 - group["drop_rate"], device=p.device) for p in members], None, target
-        self._join(members)
-        state = self.state[members[0]]
-        log_w = [self.state[p]["log_importance"] for p in members]
-        normalizer = state["log_normalizer"]
+            return [torch.full((), 1.0 - drop_rate, device=p.device) for p in members], None, target
+        log_w, normalizer = self._log_importances(members, index)
+        state = self.state.get(members[0], {})
         calm = group["importance_lr"] <= _FOLLOW[0] and group["kl_weight"] >= _FOLLOW[1]
-        follows = calm and state["water_target"] == target
+        follows = calm and state.get("water_target") == target and self._is_joined(members, index)
         level = water_level(log_w, target, state["water_level"] - normalizer if follows else None)
-        budget = {name: group[name] for name in ("drop_rate", "keep_floor", "drop")}
-        keep = [keep_probability(t, level.to(t.device), **budget) for t in log_w]
-        return keep, level + normalizer, target
+        return [keep_probability(t, level.to(t.device), **budget) for t in log_w], level + normalizer, target
 
-    def _join(self, members: list[Tensor]) -> None:
-        """Puts the members on one simplex. The scalars of a simplex are one tensor in the state of each member.
+    def _log_importances(self, members: list[Tensor], index: dict[Tensor, int]) -> tuple[list[Tensor], Tensor]:
+        """log w of the members and the normaliser to subtract, on the simplex that they are or would be joined on."""
+        if self._is_joined(members, index):
+            return [self.state[p]["log_importance"] for p in members], self.state[members[0]]["log_normalizer"]
+        log_w = []
+        for p in members:
+            state = self.state.get(p, {})
+            if "log_importance" in state:
+                log_w.append(state["log_importance"] - state["log_normalizer"].to(p.device))
+            else:
+                log_w.append(torch.zeros_like(p, dtype=torch.float32, requires_grad=False))
+        return log_w, log_mean_exp(log_w)
+
+    def _is_joined(self, members: list[Tensor], index: dict[Tensor, int]) -> bool:
+        simplex_id = _simplex_id(members, index)
+        return all(self.state.get(p, {}).get("simplex_id") == simplex_id for p in members)
+
+    def _join(self, members: list[Tensor], index: dict[Tensor, int]) -> None:
+        """Puts the members on one simplex. Its scalars are one tensor each in the state of all members.
 
         Most often they are on it already. A new simplex starts at importance 1; one that a parameter joins (unfrozen),
         leaves (frozen) or shrinks in (pruned) keeps the ratios of what it knows and is normalised anew.
         """
-        index = self._index()
-        simplex_id = zlib.crc32(repr([(index[p], p.numel()) for p in members]).encode())
-        if all(self.state.get(p, {}).get("simplex_id") == simplex_id for p in members):
+        if self._is_joined(members, index):
             return
+        log_w, normalizer = self._log_importances(members, index)
         scalar = torch.zeros((), dtype=torch.float32, device=members[0].device)
         scale = next((s["signal_scale"] for p in members if "signal_scale" in (s := self.state.get(p, {}))), scalar)
-        for p in members:
-            state = self.state[p]
-            if "log_importance" in state:
-                state["log_importance"].sub_(state["log_normalizer"].to(p.device))
-            else:
-                state["log_importance"] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
-        normalizer = log_mean_exp([self.state[p]["log_importance"] for p in members])
-        for p in members:
+        for p, t in zip(members, log_w, strict=True):
             self.state[p].update(
+                log_importance=t,
                 log_normalizer=normalizer,
                 signal_scale=scale,
                 water_level=scalar,
                 water_target=0.0,  # no level has been solved for
-                simplex_id=simplex_id,
+                simplex_id=_simplex_id(members, index),
             )
-
-    def _index(self) -> dict[Tensor, int]:
-        return {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))}
 
     # ---------------------------------------------------------------- step
 
@@ -388,9 +403,10 @@ class ImpactSGD(Optimizer):
                     simplex.finish()
                 self._store_simplexes(simplexes)
 
-        for members, level, target in self._new_levels:
-            for p in members:
-                self.state[p].update(water_level=level, water_target=target)
+        for members, simplex_id, level, target in self._new_levels:
+            if all(self.state.get(p, {}).get("simplex_id") == simplex_id for p in members):
+                for p in members:
+                    self.state[p].update(water_level=level, water_target=target)
         self._new_levels = []
         for group in self.param_groups:
             group["step"] += 1
@@ -402,7 +418,7 @@ class ImpactSGD(Optimizer):
         return loss
 
     def _check_gradients(self) -> None:
-        wanted = None
+        unseen = []
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -412,31 +428,36 @@ class ImpactSGD(Optimizer):
                         f"ImpactSGD does not support sparse gradients: that of {self._name(p)} is sparse. Build the "
                         "embedding with sparse=False, or give it to torch.optim.SGD or SparseAdam"
                     )
-                if group["drop_rate"] > 0 and p.dim() >= 2 and p.numel() > 0 and p.requires_grad:
-                    wanted = p
-        if wanted is None or self._masking.seen:
+                is_masked = group["drop_rate"] > 0 and p.dim() >= 2 and p.numel() > 0 and p.requires_grad
+                if is_masked and p not in self._masking.seen:
+                    unseen.append(p)
+        if not unseen:
             return
-        if not any(True for _ in self._masking.attached()):
+        attached = {p for module in self._masking.attached() for p in module.parameters()}
+        for p in unseen:
+            if p not in attached:
+                raise RuntimeError(
+                    f"drop_rate > 0, but no forward pass can see the masks of {self._name(p)}: build the optimizer "
+                    "with the module, ImpactSGD(model, ...), or call optimizer.attach(model), or run forward and "
+                    "backward inside `with optimizer.masked():`, or set drop_rate=0"
+                )
+        if not self._masking.seen:
             raise RuntimeError(
-                f"drop_rate > 0, but no forward pass can see the masks of {self._name(wanted)}: build the optimizer "
-                "with the module, ImpactSGD(model, ...), or call optimizer.attach(model), or run forward and backward "
-                "inside `with optimizer.masked():`, or set drop_rate=0"
+                f"drop_rate > 0, but no forward pass has seen the masks of {self._name(unseen[0])} since the last "
+                "step: put the attached module in train mode, enable gradients, and call it or a part of it; for "
+                "steps without masks set drop_rate=0"
             )
-        raise RuntimeError(
-            f"drop_rate > 0, but no forward pass has seen the masks of {self._name(wanted)} since the last step: put "
-            "the attached module in train mode, enable gradients, and call it or a part of it; if another ImpactSGD "
-            "took its parameters over, attach it again; for steps without masks set drop_rate=0"
-        )
 
     def _load_simplexes(self, group: dict[str, Any], params: list[Tensor]) -> list[Simplex]:
         if group["importance"] == "uniform":
             return []
         position = {p: i for i, p in enumerate(params)}
+        index = self._index()
         simplexes = []
         for members in self._simplexes(group):
             if not any(p in position for p in members):
                 continue
-            self._join(members)
+            self._join(members, index)
             state = self.state[members[0]]
             simplexes.append(
                 Simplex(
@@ -463,14 +484,13 @@ class ImpactSGD(Optimizer):
         Raises:
             ValueError: not a parameter of this optimizer.
         """
-        group = self._group_of(param)
-        if "log_importance" not in self.state.get(param, {}):
+        _, members = self._find(param)
+        for p, w in zip(members, self._importances(members, self._index()), strict=True):
+            if p is param:
+                return w
+        if "log_importance" not in (state := self.state.get(param, {})):  # a bias, or never trained
             return torch.ones_like(param, dtype=torch.float32)
-        for members in self._simplexes(group):
-            if any(param is p for p in members):
-                self._join(members)
-        state = self.state[param]
-        return (state["log_importance"] - state["log_normalizer"].to(param.device)).exp_()
+        return (state["log_importance"] - state["log_normalizer"].to(param.device)).exp_()  # frozen
 
     @torch.no_grad()
     def keep_probability(self, param: Tensor) -> Tensor:
@@ -479,36 +499,48 @@ class ImpactSGD(Optimizer):
         Raises:
             ValueError: not a parameter of this optimizer.
         """
-        group = self._group_of(param)
-        if group["drop_rate"] > 0:
-            for members in self._simplexes(group):
-                for p, keep in zip(members, self._keep(members, group)[0], strict=True):
-                    if p is param:
-                        return keep.expand(param.shape).clone()
+        group, members = self._find(param)
+        if members and group["drop_rate"] > 0:
+            for p, keep in zip(members, self._keep(members, group, self._index())[0], strict=True):
+                if p is param:
+                    return keep.expand(param.shape).clone()
         return torch.ones_like(param, dtype=torch.float32)
 
+    @torch.no_grad()
     def importance_summary(self) -> list[TensorSummary]:
         """What the importances of each maskable tensor look like, in the order of the parameters."""
         rows = []
+        index = self._index()
         for group in self.param_groups:
-            for p in chain.from_iterable(self._simplexes(group)):
-                w, keep = self.importance(p), self.keep_probability(p)
-                rows.append(
-                    TensorSummary(
-                        name=self._name(p),
-                        numel=p.numel(),
-                        perplexity=perplexity([w.log()]).item(),
-                        share_above_1_5=(w > 1.5).float().mean().item(),
-                        max=w.max().item(),
-                        drop_rate=1.0 - keep.double().mean().item(),
-                    )
+            for members in self._simplexes(group):
+                keeps = (
+                    self._keep(members, group, index)[0] if group["drop_rate"] > 0 else [torch.ones(())] * len(members)
                 )
+                for p, w, keep in zip(members, self._importances(members, index), keeps, strict=True):
+                    rows.append(
+                        TensorSummary(
+                            name=self._name(p),
+                            numel=p.numel(),
+                            perplexity=perplexity([w.log()]).item(),
+                            share_above_1_5=(w > 1.5).float().mean().item(),
+                            max=w.max().item(),
+                            drop_rate=1.0 - keep.double().mean().item(),
+                        )
+                    )
         return rows
 
-    def _group_of(self, param: Tensor) -> dict[str, Any]:
+    def _importances(self, members: list[Tensor], index: dict[Tensor, int]) -> list[Tensor]:
+        if not members:
+            return []
+        log_w, normalizer = self._log_importances(members, index)
+        return [(t - normalizer.to(t.device)).exp_() for t in log_w]
+
+    def _find(self, param: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
+        """The group of a parameter, and the members of its simplex if it is on one."""
         for group in self.param_groups:
             if any(param is p for p in group["params"]):
-                return group
+                simplexes = self._simplexes(group)
+                return group, next((members for members in simplexes if any(param is p for p in members)), [])
         raise ValueError(
             f"a tensor of shape {tuple(param.shape)} is no parameter of this optimizer: pass the parameter itself"
         )
@@ -652,7 +684,8 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         sampling (str, optional): ``"bernoulli"``, or ``"exact"`` for masks that drop exactly ``round(drop_rate * n)``
             weights (default: ``"bernoulli"``)
         scale_steps (bool, optional): scales each weight's step by its importance (default: False)
-        seed (int, optional): of the masks; give every data-parallel rank the same (default: 0)
+        seed (int, optional): of the masks. Every data-parallel rank needs the same; the members of an ensemble want
+            different ones (default: 0)
         per_rank_masks (bool, optional): draws other masks on every rank of ``torch.distributed``. The gradients are
             then masked before the ranks average them, and the importances see no gradient of a dropped weight. By
             default the ranks share their masks (default: False)
@@ -662,8 +695,9 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         fused (bool, optional): not implemented; taken so that the line can be swapped with SGD's (default: None)
 
     State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, float32, 4 bytes a weight, and
-    scalars of its simplex. While a step is under way, masks take the size of the parameters, and the masked weights
-    the same again until the backward pass has used them.
+    scalars of its simplex (``"hypergradient"`` and ``"lookahead"`` keep the last direction where momentum is 0). While
+    a step is under way, masks take the size of the parameters, and the masked weights the same again until the
+    backward pass has used them.
 
     Example:
         >>> optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, weight_decay=5e-4, drop_rate=0.1)
@@ -706,7 +740,7 @@ class Simplex:
 
     @torch.no_grad()
     def descend(self, k: int, h: Tensor | None, importance_lr: float, kl_weight: float) -> None:
-        """The mirror step of member k; ``h`` is overwritten."""
+        """The mirror step of member k."""
         if h is None:
             return
         log_w = self.log_importances[k]
@@ -715,7 +749,7 @@ class Simplex:
         self._descended.add(k)
 
     def _unitless(self, h: Tensor) -> Tensor:
-        h = h.nan_to_num_(0.0, 0.0, 0.0)
+        h = h.nan_to_num(0.0, 0.0, 0.0)  # not in place: a signal may be one of its own arguments
         self._absolute.append(h.abs().sum())
         self._counted += h.numel()
         return h.mul_(self._inverse_scale.to(h.device)).clamp_(-_CLIP, _CLIP)
@@ -743,10 +777,17 @@ class Simplex:
         """The scalars for the next step."""
         if not self._descended:
             return
-        for k, log_w in enumerate(self.log_importances):
-            if k not in self._descended:
-                log_w.sub_(self.log_normalizer.to(log_w.device))
-        self.log_normalizer = log_mean_exp(self.log_importances)
+        moved = [log_w for k, log_w in enumerate(self.log_importances) if k in self._descended]
+        idle = [log_w for k, log_w in enumerate(self.log_importances) if k not in self._descended]
+        # The importances of a tensor without a signal stay as they are; those of the others keep their total.
+        normalizer = log_mean_exp(moved)
+        if idle:
+            n, n_moved, n_idle = (sum(t.numel() for t in ts) for ts in (self.log_importances, moved, idle))
+            total_idle = n_idle * (log_mean_exp(idle) - self.log_normalizer).exp()
+            normalizer = normalizer - ((n - total_idle).clamp_min(torch.finfo(torch.float32).tiny) / n_moved).log()
+            for log_w in idle:
+                log_w.add_((normalizer - self.log_normalizer).to(log_w.device))
+        self.log_normalizer = normalizer
         device, scale = self.signal_scale.device, self.signal_scale
         mean = torch.stack([part.to(device, non_blocking=True) for part in self._absolute]).sum() / self._counted
         mean = mean.nan_to_num_(0.0, 0.0, 0.0)  # the sum of finite signals may still overflow
@@ -961,13 +1002,25 @@ def _buffer(directions: list[Tensor | None], i: int, grad: Tensor) -> Tensor:
     return buf
 
 
-def _exact_masks(keep: list[Tensor], u: list[Tensor], drop_rate: float) -> list[Tensor]:
+def _simplex_id(members: list[Tensor], index: dict[Tensor, int]) -> int:
+    """Tells whether a simplex still has the members that its state is of."""
+    return zlib.crc32(repr([(index[p], p.numel()) for p in members]).encode())
+
+
+def _enlargement(keep: Tensor, group: dict[str, Any]) -> Tensor | float:
+    """What a kept weight is multiplied with."""
+    if group["rescale"] == "none":
+        return 1.0
+    return keep.clamp_min((1.0 - group["drop_rate"]) / _RESCALE_CAP).reciprocal_()
+
+
+def _exact_masks(keep: list[Tensor], u: list[Tensor], members: list[Tensor], drop_rate: float) -> list[Tensor]:
     """Masks of one simplex that drop exactly ``round(drop_rate * n)`` weights together."""
     device, sizes = u[0].device, [t.numel() for t in u]
-    probability = torch.cat([k.expand(t.shape).reshape(-1).to(device) for k, t in zip(keep, u, strict=True)])
     size = sum(sizes) - round(drop_rate * sum(sizes))
-    mask = pareto_sample(probability, torch.cat([t.reshape(-1).to(device) for t in u]), size)
-    return [part.view(t.shape).to(t.device) for part, t in zip(mask.split(sizes), u, strict=True)]
+    probability = torch.cat([k.expand(p.shape).reshape(-1).to(device) for k, p in zip(keep, members, strict=True)])
+    mask = pareto_sample(probability, torch.cat([t.to(device) for t in u]), size)
+    return [part.view(p.shape).to(p.device) for part, p in zip(mask.split(sizes), members, strict=True)]
 
 
 def _rank() -> int:
@@ -1007,7 +1060,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid drop_rate: {drop_rate}; it must lie in [0, 1)")
     if not (_is_number(keep_floor) and 0.0 <= keep_floor < 1.0):
         raise ValueError(f"Invalid keep_floor: {keep_floor}; it must lie in [0, 1)")
-    if drop_rate > 0.0 and keep_floor > 1.0 - drop_rate:
+    if drop_rate > 0.0 and keep_floor > 1.0 - drop_rate + 1e-9:
         raise ValueError(
             f"keep_floor={keep_floor} is above the budget: drop_rate={drop_rate} keeps {1 - drop_rate:.6g} of the "
             "weights on average; lower one of the two"

@@ -10,15 +10,19 @@ A scope (:meth:`Masking.substitute`) is for weights that no module owns: it chan
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import TensorWeakRef
 
 
 class Factor(NamedTuple):
@@ -36,12 +40,15 @@ class _Shadow(NamedTuple):
     weight: Tensor
 
 
+_Place = tuple["weakref.ref[nn.Module]", str, TensorWeakRef]  # a shadow that keeps nothing alive
+
+
 class MaskOwner(Protocol):
     """What :class:`Masking` needs from an optimizer."""
 
-    def _owns(self, param: Tensor) -> bool: ...
+    def _index(self) -> dict[Tensor, int]: ...
 
-    def _draw_factors(self) -> dict[Tensor, Factor]: ...
+    def _draw_factors(self, factors: dict[Tensor, Factor]) -> None: ...
 
 
 def _mask(weight: Tensor, factor: Factor) -> Tensor:
@@ -70,25 +77,28 @@ class Masking:
         self._depth = 0
         self._in_backward = False
         self._shadows: list[_Shadow] = []
+        self._step = 0
         self._dense: list[tuple[Tensor, Tensor]] | None = None
-        self._factors: dict[Tensor, Factor] | None = None
+        self._opener_frame: FrameType | None = None
+        self._factors: dict[Tensor, Factor] = {}
         self.seen: dict[Tensor, Factor] = {}
         """Parameters that were masked in a forward pass since the last step, with their factors."""
 
     # -- the life of a mask: drawn at the first forward pass after a step, dropped by the next step --
 
     def factors(self) -> dict[Tensor, Factor]:
-        """The factors of this step, drawn at the first call."""
-        if self._factors is None:
-            owner = self._owner()
-            self._factors = {} if owner is None else owner._draw_factors()
+        """The factors of this step. A parameter gets its own at the first call that finds it trained."""
+        owner = self._owner()
+        if owner is not None:
+            owner._draw_factors(self._factors)
         return self._factors
 
     def end_step(self) -> None:
         """Forgets the masks: the next forward pass draws new ones."""
         self._close()
-        self._factors = None
+        self._factors = {}
         self.seen = {}
+        self._step += 1
 
     # -- attached modules --
 
@@ -99,15 +109,19 @@ class Masking:
     def attach(self, module: nn.Module) -> None:
         """Shows masked weights to every training forward pass of the module or of a part of it."""
         self.detach(module)
-        for part in module.modules():
-            for hook in list(part._forward_pre_hooks.values()):
-                if isinstance(hook, _Hook):
-                    hook.yield_to(self._owner(), module)
+        owner = self._owner()
+        hooks = [hook for part in module.modules() for hook in part._forward_pre_hooks.values()]
+        for other in {masking for hook in hooks if isinstance(hook, _Hook) and (masking := hook.masking())} - {self}:
+            other_owner = other._owner()
+            shared = owner and other_owner and owner._index().keys() & other_owner._index().keys()
+            if shared and any(param in shared for param in module.parameters()):
+                for root in [root for root in other.attached() if shared & set(root.parameters())]:
+                    other.detach(root)
         handles = self._handles[module] = []
         for part in module.modules():
             is_root = part is module
-            handles.append(part.register_forward_pre_hook(_Hook(self, module, is_root, Masking._enter), prepend=True))
-            handles.append(part.register_forward_hook(_Hook(self, module, is_root, Masking._leave), always_call=True))
+            handles.append(part.register_forward_pre_hook(_Hook(self, is_root, Masking._enter), prepend=True))
+            handles.append(part.register_forward_hook(_Hook(self, is_root, Masking._leave), always_call=True))
 
     def detach(self, module: nn.Module | None = None) -> None:
         """Takes the hooks off one attached module, or off all of them."""
@@ -118,7 +132,7 @@ class Masking:
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         # The module that is called from outside opens; the calls inside it find the masks in place.
-        if self._opened_by is not None and self._is_stale(module):
+        if self._opened_by is not None and self._is_stale():
             self._close()
         if self._opened_by is module:
             self._depth += 1
@@ -136,12 +150,13 @@ class Masking:
             if not part.training:
                 continue
             for name, param in part._parameters.items():
-                if param is not None and param in factors:
+                if param is not None and param in factors and param.requires_grad:
                     if param not in masked:
                         masked[param] = _mask(param, factors[param])
                     shadows.append(_Shadow(part, name, masked[param]))
         self.seen.update((param, factors[param]) for param in masked)
         self._open(module, shadows)
+        self._opener_frame = _module_call()
 
     def _leave(self, module: nn.Module, *args: Any) -> None:
         if self._opened_by is not module:
@@ -149,19 +164,33 @@ class Masking:
         self._depth -= 1
         if self._depth > 0:
             return
-        shadows = self._shadows
-        self._close()
         # A function that activation checkpointing runs again may read a weight without calling its module: the
-        # masked weights are back in place while the backward pass of this output runs.
-        for output in tree_leaves(args[-1]) if shadows else ():
+        # masked weights are back in place while the backward pass of this output runs. Whoever keeps the output keeps
+        # the hook, and the hook keeps nothing.
+        places = [(weakref.ref(part), name, TensorWeakRef(weight)) for part, name, weight in self._shadows]
+        hook = partial(_reopen, weakref.ref(self), weakref.ref(module), places, self._step)
+        self._close()
+        for output in tree_leaves(args[-1]) if places else ():
             if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(lambda grad: self._reopen(module, shadows))
+                output.register_hook(hook)
 
-    def _reopen(self, module: nn.Module, shadows: list[_Shadow]) -> None:
-        if self._opened_by is None and self._dense is None and _runs_backward():
-            self._open(module, shadows)
-            self._in_backward = True
-            Variable._execution_engine.queue_callback(_AtEndOfBackward(self._close))
+    def _reopen(self, module: nn.Module, places: list[_Place]) -> None:
+        if self._opened_by is not None or self._dense is not None or not _runs_backward():
+            return
+        masked: dict[Tensor, Tensor] = {}
+        shadows = []
+        for part_ref, name, weight_ref in places:
+            part = part_ref()
+            param = None if part is None else part._parameters.get(name)
+            if part is not None and param in self.seen:
+                if param not in masked:
+                    weight = weight_ref()
+                    with torch.enable_grad():
+                        masked[param] = _mask(param, self.seen[param]) if weight is None else weight
+                shadows.append(_Shadow(part, name, masked[param]))
+        self._open(module, shadows)
+        self._in_backward = True
+        Variable._execution_engine.queue_callback(_AtEndOfBackward(self._close))
 
     def _open(self, module: nn.Module, shadows: list[_Shadow]) -> None:
         self._opened_by, self._depth, self._shadows = module, 1, shadows
@@ -169,19 +198,24 @@ class Masking:
             # An instance attribute hides the parameter from `part.name`, and from nothing else.
             part.__dict__[name] = weight
 
-    def _is_stale(self, module: nn.Module) -> bool:
+    def _is_stale(self) -> bool:
         """Whether the pass that opened never came to its end: a KeyboardInterrupt, or an error in a backward pass."""
         if self._in_backward:
             return not _runs_backward()
-        return self._opened_by is module and not module.training
+        if self._opener_frame is None:
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._opener_frame:
+            frame = frame.f_back
+        return frame is None
 
     def _close(self) -> None:
         for part, name, _ in self._shadows:
             part.__dict__.pop(name, None)
-            if isinstance(part, nn.RNNBase):
-                part._init_flat_weights()  # it caches its weights in a list
+        for part in {part for part, _, _ in self._shadows if isinstance(part, nn.RNNBase)}:
+            part._init_flat_weights()  # it caches its weights in a list
         self._shadows, self._in_backward = [], False
-        self._opened_by, self._depth = None, 0
+        self._opened_by, self._depth, self._opener_frame = None, 0, None
 
     # -- scopes --
 
@@ -221,6 +255,23 @@ class _AtEndOfBackward:
         self._finish()
 
 
+def _reopen(
+    masking: weakref.ref[Masking], module: weakref.ref[nn.Module], places: list[_Place], step: int, grad: Tensor
+) -> None:
+    """The gradient hook of an output; see :meth:`Masking._leave`."""
+    alive, root = masking(), module()
+    if alive is not None and root is not None and alive._step == step:
+        alive._reopen(root, places)
+
+
+def _module_call() -> FrameType | None:
+    """The frame of the module call whose hook is running."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back
+    return frame
+
+
 def _runs_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -228,9 +279,8 @@ def _runs_backward() -> bool:
 class _Hook:
     """A forward hook that a copy or a pickle of the module leaves behind: an attachment binds two living objects."""
 
-    def __init__(self, masking: Masking, root: nn.Module, is_root: bool, action: Callable[..., None]) -> None:
+    def __init__(self, masking: Masking, is_root: bool, action: Callable[..., None]) -> None:
         self.masking = weakref.ref(masking)
-        self.root = weakref.ref(root)
         self.is_root = is_root
         self.action = action
 
@@ -245,15 +295,6 @@ class _Hook:
         masking = self.masking()
         if masking is not None:
             self.action(masking, module, *args)
-
-    def yield_to(self, owner: MaskOwner | None, module: nn.Module) -> None:
-        """Detaches its root where another optimizer takes over parameters of the module."""
-        masking, root = self.masking(), self.root()
-        other = None if masking is None else masking._owner()
-        if masking is None or other is None or other is owner or owner is None or root is None:
-            return
-        if any(owner._owns(p) and other._owns(p) for p in module.parameters()):
-            masking.detach(root)
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _detached_hook, ()

@@ -72,7 +72,7 @@ def water_level(log_w: Sequence[Tensor], mean: float, log_level: Tensor | None =
 
     Up to 4096 weights are sorted, and the level is exact. With more, the mean is a concave, piecewise linear function
     of c, so that a Newton step lands at or below the root, and the next ones rise to it. From the level of a simplex
-    that has moved a little since, one step will do. Without such a start, four steps begin at the level of a sample.
+    that has moved a little since, two will do. Without such a start, four steps begin at the level of a sample.
 
     Args:
         log_w: the tensors of the simplex.
@@ -88,7 +88,7 @@ def water_level(log_w: Sequence[Tensor], mean: float, log_level: Tensor | None =
         tensor(0.5000)
     """
     n = _numel(log_w)
-    steps = 0 if n <= _SAMPLE else 4 if log_level is None else 1
+    steps = 0 if n <= _SAMPLE else 4 if log_level is None else 2
     if log_level is None or n <= _SAMPLE:
         log_level = _sample_level(log_w, mean)
     for _ in range(steps):
@@ -121,7 +121,7 @@ def _sample_level(log_w: Sequence[Tensor], mean: float) -> Tensor:
     open_share = mean * sample.numel() - torch.arange(sample.numel(), dtype=torch.float64, device=device)
     level = open_share.clamp_min(1e-30).log() - sample.flip(0).logcumsumexp(0).flip(0)
     k = (level + sample <= 1e-9).to(torch.uint8).argmax()
-    return level[k].float()
+    return level.gather(0, k.view(1)).squeeze(0).float()  # to index by a scalar would wait for the device
 
 
 def keep_probability(
@@ -153,7 +153,7 @@ def keep_probability(
 def fill_target(drop_rate: float, keep_floor: float, drop: str) -> float:
     """The mean of min(1, c·w) that gives :func:`keep_probability` its budget."""
     share = drop_rate if drop == "important" else 1.0 - drop_rate - keep_floor
-    return min(share / (1.0 - keep_floor), 1.0)
+    return float(min(max(share / (1.0 - keep_floor), 0.0), 1.0))
 
 
 def perplexity(log_w: Sequence[Tensor]) -> Tensor:

@@ -200,7 +200,7 @@ def test_exact_sampling_drops_the_exact_number(simplex, importance):
 
 
 def test_the_arms_of_the_study_drop_the_same_number():
-    counts = []
+    n = 12 * 32 + 32 * 32 + 32 * 4
     for options in (
         {"importance": "uniform"},
         {"importance": "hypergradient", "kl_weight": 0.0},
@@ -208,19 +208,9 @@ def test_the_arms_of_the_study_drop_the_same_number():
     ):
         model = net()
         optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, drop_rate=0.4, importance_lr=0.1, **options)
-        total = 0
-
-        def count(model=model, optimizer=optimizer):
-            nonlocal total
-            total += sum(
-                1 - optimizer.keep_probability(p).double().mean() * 1.0 for p in model.parameters() if p.dim() > 1
-            )
-
         train(model, optimizer, 40)
         with optimizer.masked():
-            counts.append(sum((p == 0).sum().item() for p in model.parameters() if p.dim() > 1))
-    n = 12 * 32 + 32 * 32 + 32 * 4
-    for dropped in counts:
+            dropped = sum((p == 0).sum().item() for p in model.parameters() if p.dim() > 1)
         assert dropped / n == pytest.approx(0.4, abs=5 * math.sqrt(0.24 / n))
 
 
@@ -429,3 +419,130 @@ def test_the_summary_reads_the_importances():
     numel = torch.tensor([float(row.numel) for row in rows])
     rates = torch.tensor([row.drop_rate for row in rows])
     assert ((numel * rates).sum() / numel.sum()).item() == pytest.approx(0.3, abs=1e-3)
+
+
+@pytest.mark.parametrize("importance", ["fisher", "saliency", "magnitude"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_tensor_without_gradients_keeps_its_importances(importance, foreach):
+    """An idle head or expert: nothing is known against it."""
+    p, idle = nn.Parameter(torch.randn(20, 20)), nn.Parameter(torch.randn(5, 5))
+    optimizer = ImpactSGD(
+        [p, idle], lr=0.0, drop_rate=0.1, importance=importance, kl_weight=0.0, importance_lr=0.1, foreach=foreach
+    )
+    with optimizer.masked():
+        p.grad, idle.grad = torch.randn(20, 20), torch.randn(5, 5)
+    optimizer.step()
+    for step in range(400):
+        with optimizer.masked():
+            p.grad, idle.grad = torch.randn(20, 20), (torch.randn(5, 5) if step == 0 else None)
+        optimizer.step()
+        if step == 0:
+            before = optimizer.importance(idle)
+    torch.testing.assert_close(optimizer.importance(idle), before, rtol=1e-3, atol=0)
+    total = optimizer.importance(p).double().sum() + optimizer.importance(idle).double().sum()
+    assert total.item() == pytest.approx(425, rel=1e-4)
+    assert optimizer.importance(p).std() > 0.1
+
+
+def test_one_wild_batch_does_not_mute_the_next_ones():
+    p = nn.Parameter(torch.randn(10, 10))
+    optimizer = ImpactSGD([p], lr=0.0, drop_rate=0.1, importance="fisher", importance_lr=0.1)
+    scales = []
+    for step in range(8):
+        with optimizer.masked():
+            p.grad = torch.randn(10, 10) * (1e6 if step == 4 else 1.0)
+        optimizer.step()
+        scales.append(optimizer.state[p]["signal_scale"].item())
+    assert max(scales) < 3 * scales[3]
+
+
+def test_the_scale_of_the_signal_survives_a_change_of_members():
+    model = net()
+    optimizer = ImpactSGD(model, lr=0.01, momentum=0.9, drop_rate=0.3)
+    train(model, optimizer, 5)
+    scale = optimizer.state[model[0].weight]["signal_scale"].item()
+    model[2].weight.requires_grad_(False)
+    model[2].weight.grad = None
+    train(model, optimizer, 1)
+    assert 0.3 * scale < optimizer.state[model[0].weight]["signal_scale"].item() < 3 * scale
+
+
+@pytest.mark.parametrize("importance", ["hypergradient", "lookahead"])
+def test_maximising_is_minimising_the_negative(importance):
+    a = torch.tensor([[0.5, 1.0], [2.0, 4.0]])
+    runs = []
+    for sign in (1.0, -1.0):
+        x = nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 1.5]]))
+        optimizer = ImpactSGD(
+            [x], lr=0.1, drop_rate=0.0, importance=importance, importance_lr=0.3, maximize=sign < 0, scale_steps=True
+        )
+
+        def closure(x=x, optimizer=optimizer, sign=sign):
+            optimizer.zero_grad()
+            loss = sign * 0.5 * (a * x**2).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            optimizer.step(closure)
+        runs.append((x.detach(), optimizer.importance(x)))
+    torch.testing.assert_close(runs[0], runs[1])
+    assert runs[0][1].std() > 0.01
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_importances_are_bounded_in_the_log_domain(foreach):
+    p = nn.Parameter(torch.linspace(0.1, 2, 40).view(4, 10))
+    optimizer = ImpactSGD(
+        [p], lr=0.0, drop_rate=0.1, importance="magnitude", importance_lr=1.0, kl_weight=0.0, foreach=foreach
+    )
+    for _ in range(200):
+        with optimizer.masked():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert optimizer.state[p]["log_importance"].abs().max() <= 60
+    assert optimizer.importance(p).min() > 0
+
+
+def test_a_signal_that_returns_its_argument_leaves_it_alone():
+    SIGNALS["itself"] = lambda weight, grad, direction, lr: grad
+    try:
+        p, q = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+        ours, plain = ImpactSGD([p], lr=0.1, drop_rate=0.0, importance="itself"), torch.optim.SGD([q], lr=0.1)
+        for _ in range(3):
+            p.grad = torch.randn(3, 3)
+            q.grad = p.grad.clone()
+            ours.step()
+            assert torch.equal(p.grad, q.grad)
+            plain.step()
+        assert torch.equal(p, q)
+    finally:
+        del SIGNALS["itself"]
+
+
+def test_exact_masks_of_a_tiny_tensor_enlarge_by_what_they_drop():
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer = ImpactSGD([p], lr=0.1, drop_rate=0.1, sampling="exact")
+    with optimizer.masked():
+        assert torch.equal(p, torch.ones(2, 2))  # a tenth of four weights is none
+
+
+def test_the_expected_network_knows_about_the_cap():
+    p = nn.Parameter(torch.linspace(0.1, 2, 100).view(10, 10))
+    optimizer = ImpactSGD([p], lr=0.0, drop_rate=0.3, importance="magnitude", importance_lr=1.0, kl_weight=0.05)
+    for _ in range(60):
+        with optimizer.masked():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    for group in optimizer.param_groups:
+        group["importance_lr"] = 0.0
+    keep, total = optimizer.keep_probability(p), torch.zeros_like(p)
+    assert keep.min() < 0.05
+    for _ in range(2000):
+        with optimizer.masked():
+            total += p.detach()
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    with optimizer.expected():
+        error = (total / 2000 - p.detach()) / p.detach()
+    assert error.abs().mean() < 0.1

@@ -457,3 +457,144 @@ class TestExpected:
         with optimizer.expected():
             torch.testing.assert_close(total / 400, p.detach(), atol=0.5, rtol=0)
             assert ((total / 400 - p.detach()).abs().mean() < 0.05).item()
+
+
+def test_a_kept_loss_keeps_no_masked_weights():
+    model, optimizer = build()
+    losses, sizes = [], []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        losses.append(loss)  # with its graph, as careless loops do
+        loss.backward()
+        optimizer.step()
+        del loss
+        gc.collect()
+        sizes.append(sum(type(t) is torch.Tensor and t.shape == (16, 16) for t in gc.get_objects()))
+    assert sizes[-1] == sizes[1]
+
+
+def test_a_module_that_stores_its_output_can_die():
+    class Storing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, h):
+            self.out = self.layer(h)
+            return self.out
+
+    model = Storing()
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    gone = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None
+
+
+def test_weights_thawed_after_the_first_pass_get_their_masks_too():
+    model, optimizer = build()
+    model[2].weight.requires_grad_(False)
+    first = masked_weights(model, optimizer)
+    assert (first["2.weight"] != 0).all()
+    model[2].weight.requires_grad_(True)
+    second = masked_weights(model, optimizer)
+    assert torch.equal(first["0.weight"], second["0.weight"])
+    assert (second["2.weight"] == 0).any()
+    model[2].weight.requires_grad_(False)
+    assert torch.equal(masked_weights(model, optimizer)["2.weight"], model[2].weight)
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def test_a_model_that_was_frozen_for_one_pass_trains_again():
+    model, optimizer = build()
+    model.requires_grad_(False)
+    model(x.clone().requires_grad_())
+    model.requires_grad_(True)
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def test_parameters_that_nobody_attached_are_named():
+    model, _ = build()
+    other = nn.Linear(8, 3)
+    optimizer = ImpactSGD([*model.parameters(), *other.parameters()], lr=0.1, drop_rate=0.4)
+    optimizer.attach(model)
+    (model(x) + other(x)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"can see the masks of param_groups\[0\]\['params'\]\[6\]"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("call", ["root without gradients", "part in eval", "root again"])
+def test_after_a_keyboard_interrupt_every_call_finds_its_own_masks(call):
+    model, optimizer = build()
+    dense = snapshot(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    if call == "root without gradients":
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), functional_call(copy.deepcopy(model), dense, (x,)))
+    elif call == "part in eval":
+        model[0].eval()
+        torch.testing.assert_close(model[0](x), nn.functional.linear(x, dense["0.weight"], dense["0.bias"]))
+    else:
+        assert (masked_weights(model, optimizer)["2.weight"] == 0).any()
+    assert_dense(model, dense)
+
+
+def test_reading_out_changes_nothing():
+    states = []
+    for read in (False, True):
+        model, optimizer = build()
+        for step in range(6):
+            if read:
+                with torch.inference_mode():  # a sanity check before and during training
+                    optimizer.importance_summary()
+                    optimizer.importance(model[2].weight)
+                    optimizer.keep_probability(model[0].weight)
+                with optimizer.expected():
+                    pass
+            model[2].weight.requires_grad_(step not in (2, 3))
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        states.append(optimizer.state_dict()["state"])
+    for a, b in zip(states[0].values(), states[1].values(), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])), name
+
+
+class _NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where the host would wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"simplex": "tensor"}, {"importance_lr": 0.1}, {"importance": "hypergradient", "scale_steps": True}],
+)
+def test_no_step_and_no_masked_pass_waits_for_a_device(foreach, options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 80), nn.ReLU(), nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 3))
+    optimizer = ImpactSGD(model, lr=0.05, momentum=0.9, drop_rate=0.4, foreach=foreach, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with _NoWaiting():
+            loss = model(x).square().sum()
+        loss.backward()
+        with _NoWaiting():
+            optimizer.step()

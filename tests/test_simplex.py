@@ -168,7 +168,7 @@ def test_clipping_alone_would_miss_the_budget():
     assert keep_probability(log_w[0], level, drop_rate=0.5).mean().item() == pytest.approx(0.5, abs=1e-5)
 
 
-def test_one_newton_step_follows_a_moving_simplex():
+def test_a_level_follows_a_moving_simplex():
     generator = torch.Generator().manual_seed(0)
     log_w = torch.randn(20_000, generator=generator)
     level = water_level([log_w], 0.7)
