@@ -350,14 +350,16 @@ class ImpactSGD(Optimizer):
                 calls it once more after the weights have moved.
 
         Raises:
-            RuntimeError: masks are wanted and no forward pass has seen them, a gradient is sparse, or ``lookahead``
-                has no closure. Nothing has changed then.
+            RuntimeError: masks are wanted and no forward pass has seen them, a gradient is sparse, ``lookahead`` has no
+                closure, or a CUDA graph is being captured. Nothing has changed then.
             ValueError: an option of a group is out of range.
         """
         for group in self.param_groups:
             _check_options(group)
             if group["importance"] == "lookahead" and closure is None:
                 raise RuntimeError('importance="lookahead" evaluates the loss a second time: call step(closure)')
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("ImpactSGD cannot be captured in a CUDA graph: it would replay one mask for ever")
         loss = None
         if closure is not None:
             with torch.enable_grad():

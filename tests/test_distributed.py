@@ -33,7 +33,15 @@ class Scenario(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012  never written
 
 
-COMMON = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "drop_rate": 0.3, "importance_lr": 0.1, "seed": 3}
+COMMON = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-3,
+    "drop_rate": 0.3,
+    "importance_lr": 0.1,
+    "kl_weight": 1.0,
+    "seed": 3,
+}
 SCENARIOS = {
     "shared": Scenario(),
     "shared, inner module": Scenario(attach="inner"),
