@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow lint clean
 
+# Learning rates are those that `benchmarks/claim.py --data digits` found on a validation split.
 demo: $(VENV)/ready  ## the study's arms on real data, 3 seeds, in under 3 minutes; pictures in runs/demo
-	$(BIN)/python -m impact_optim --data digits --seeds 3 --out runs/demo
+	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --drop-rate 0.3 --threads 1 --out runs/demo \
+		--arms baseline dropconnect impacts impacts+regularization fisher \
+		--lr 0.1 --set baseline.lr=0.05 --set impacts.lr=0.05 --set fisher.lr=0.2
 
 test: lint  ## linter, type checker and tests
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

@@ -16,32 +16,24 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from impact_optim.experiments.results import Line, early_epoch, runs_of
+
 ARMS = ["baseline", "dropconnect", "impacts", "impacts+regularization", "saliency", "fisher", "magnitude"]
 LEARNING_RATES = [0.05, 0.1, 0.2, 0.4]
 
 
-def run(out: Path, seeds: int, evaluate: str, options: list[str]) -> dict[str, dict[int, list[dict[str, float]]]]:
-    """Lines of every arm and seed, an epoch each."""
+def run(out: Path, seeds: int, evaluate: str, options: list[str]) -> dict[str, list[list[Line]]]:
+    """The lines of every arm, seed and epoch."""
     command = [sys.executable, "-m", "impact_optim", "--seeds", str(seeds), "--evaluate", evaluate, "--out", str(out)]
     subprocess.run([*command, "--arms", *ARMS, *options], check=True, stdout=subprocess.DEVNULL)
-    lines: dict[str, dict[int, list[dict[str, float]]]] = {arm: {} for arm in ARMS}
-    for text in (out / "results.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        lines[line["arm"]].setdefault(line["seed"], []).append(line)
-    return lines
+    lines = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+    epochs = max(line["epoch"] for line in lines)
+    return {arm: list(runs_of(lines, arm, epochs).values()) for arm in ARMS}
 
 
-def last(seeds: dict[int, list[dict[str, float]]]) -> list[float]:
+def accuracies(runs: list[list[Line]]) -> list[float]:
     """Accuracy in % at the end, by seed."""
-    return [100 * max(lines, key=lambda line: line["epoch"])["accuracy"] for _, lines in sorted(seeds.items())]
-
-
-def early(seeds: dict[int, list[dict[str, float]]]) -> list[float]:
-    """Accuracy in % after a tenth of the epochs, by seed."""
-    return [
-        100 * next(line["accuracy"] for line in lines if line["epoch"] == max(1, len(lines) // 10))
-        for _, lines in sorted(seeds.items())
-    ]
+    return [100 * lines[-1]["accuracy"] for lines in runs]
 
 
 def main() -> None:
@@ -62,16 +54,14 @@ def main() -> None:
         folder = args.out / f"{args.data}-{args.model}-{drop_rate}"
         options = [*common, "--drop-rate", str(drop_rate)]
         tuning = {lr: run(folder / f"lr{lr}", 2, "validation", [*options, "--lr", str(lr)]) for lr in LEARNING_RATES}
-        best = {arm: max(LEARNING_RATES, key=lambda lr: mean(last(tuning[lr][arm]))) for arm in ARMS}
+        best = {arm: max(LEARNING_RATES, key=lambda lr: mean(accuracies(tuning[lr][arm]))) for arm in ARMS}
         tuned = [word for arm in ARMS for word in ("--set", f"{arm}.lr={best[arm]}")]
         results = run(folder / "test", args.seeds, "test", [*options, *tuned])
-        uniform = last(results["dropconnect"])
+        uniform = accuracies(results["dropconnect"])
         for arm in ARMS:
-            accuracy, start = last(results[arm]), early(results[arm])
-            gap = [
-                100 * lines[-1]["train_accuracy"] - a
-                for (_, lines), a in zip(sorted(results[arm].items()), accuracy, strict=True)
-            ]
+            accuracy = accuracies(results[arm])
+            start = [100 * lines[early_epoch(args.epochs) - 1]["accuracy"] for lines in results[arm]]
+            gap = [100 * (lines[-1]["train_accuracy"] - lines[-1]["accuracy"]) for lines in results[arm]]
             difference = [a - u for a, u in zip(accuracy, uniform, strict=True)]
             paired = "" if arm == "dropconnect" else f"{mean(difference):+.1f} ± {stdev(difference):.1f}"
             cells = [
