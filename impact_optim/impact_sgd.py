@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from numbers import Real
 from typing import Any, NamedTuple, cast
@@ -127,6 +128,10 @@ class ImpactSGD(Optimizer):
             ValueError: an option is out of range, or a parameter is complex.
         """
         if isinstance(param_group, dict):
+            for key in param_group.keys() - self.defaults.keys():
+                # Other keys are the user's own, as everywhere in torch.optim; one letter off is a slip.
+                if close := get_close_matches(key, self.defaults, n=1, cutoff=0.85):
+                    raise ValueError(f"{key!r} is no option of a parameter group; did you mean {close[0]!r}?")
             _check_options({**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
@@ -438,11 +443,13 @@ class ImpactSGD(Optimizer):
         attached = {p for module in self._masking.attached() for p in module.parameters()}
         for p in unseen:
             if p not in attached:
-                raise RuntimeError(
-                    f"drop_rate > 0, but no forward pass can see the masks of {self._name(p)}: build the optimizer "
-                    "with the module, ImpactSGD(model, ...), or call optimizer.attach(model), or run forward and "
-                    "backward inside `with optimizer.masked():`, or set drop_rate=0"
+                remedy = (
+                    "another ImpactSGD has since been attached to its module; go on with that one, or attach() again"
+                    if self._masking.displaced
+                    else "write ImpactSGD(model, ...) or call optimizer.attach(model). (Without a module: forward and "
+                    "backward inside `with optimizer.masked():`. Without masks: drop_rate=0)"
                 )
+                raise RuntimeError(f"drop_rate > 0, but no forward pass can see the masks of {self._name(p)}: {remedy}")
         if not self._masking.seen:
             raise RuntimeError(
                 f"drop_rate > 0, but no forward pass has seen the masks of {self._name(unseen[0])} since the last "
@@ -483,8 +490,10 @@ class ImpactSGD(Optimizer):
     def importance(self, param: Tensor) -> Tensor:
         """The importances w of a parameter: its shape, float32, mean 1 over the simplex it belongs to.
 
+        They are 1 for what is never masked, such as a bias.
+
         Raises:
-            ValueError: not a parameter of this optimizer.
+            TypeError, ValueError: not a parameter of this optimizer.
         """
         _, members = self._find(param)
         for p, w in zip(members, self._importances(members, self._index()), strict=True):
@@ -499,7 +508,7 @@ class ImpactSGD(Optimizer):
         """The probability π of each weight of a parameter to be kept by the next mask: its shape, float32.
 
         Raises:
-            ValueError: not a parameter of this optimizer.
+            TypeError, ValueError: not a parameter of this optimizer.
         """
         group, members = self._find(param)
         if members and group["drop_rate"] > 0:
@@ -539,6 +548,8 @@ class ImpactSGD(Optimizer):
 
     def _find(self, param: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
         """The group of a parameter, and the members of its simplex if it is on one."""
+        if not isinstance(param, Tensor):
+            raise TypeError(f"pass the parameter itself, such as model.fc.weight, not {param!r}")
         for group in self.param_groups:
             if any(param is p for p in group["params"]):
                 simplexes = self._simplexes(group)
@@ -670,7 +681,8 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         dampening (float, optional): dampening τ for momentum (default: 0)
         weight_decay (float, optional): weight decay β (L2 penalty), of the dense weights (default: 0)
         nesterov (bool, optional): enables Nesterov momentum (default: False)
-        drop_rate (float, optional): expected share of weights that a mask drops, in [0, 1) (default: 0.1)
+        drop_rate (float, optional): expected share of the weights of a simplex that a mask drops, in [0, 1); with one
+            simplex for the group, some tensors lose more than others (default: 0.1)
         importance (str, optional): the signal h, a name in :data:`impact_optim.SIGNALS`, or ``"uniform"`` for classic
             DropConnect, which keeps no importances (default: ``"fisher"``)
         importance_lr (float, optional): η, step size of the mirror descent (default: 0.01)
@@ -1071,7 +1083,10 @@ def _check_options(options: dict[str, Any]) -> None:
         if not (_is_number(options[name]) and options[name] >= 0.0):
             raise ValueError(f"Invalid {name}: {options[name]}; it must be finite and not negative")
     if options["importance"] != "uniform" and options["importance"] not in SIGNALS:
-        raise ValueError(f"Invalid importance: {options['importance']!r}; choose from {['uniform', *SIGNALS]}")
+        raise ValueError(
+            f"Invalid importance: {options['importance']!r}; choose from {['uniform', *SIGNALS]}, "
+            "or add your own to impact_optim.SIGNALS"
+        )
     for name, choices in _CHOICES.items():
         if options[name] not in choices:
             raise ValueError(f"Invalid {name}: {options[name]!r}; choose from {list(choices)}")

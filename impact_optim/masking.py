@@ -78,6 +78,8 @@ class Masking:
         self._in_backward = False
         self._shadows: list[_Shadow] = []
         self._step = 0
+        self.displaced = False
+        """Whether another optimizer has taken over an attached module."""
         self._dense: list[tuple[Tensor, Tensor]] | None = None
         self._opener_frame: FrameType | None = None
         self._factors: dict[Tensor, Factor] = {}
@@ -109,6 +111,7 @@ class Masking:
     def attach(self, module: nn.Module) -> None:
         """Shows masked weights to every training forward pass of the module or of a part of it."""
         self.detach(module)
+        self.displaced = False
         owner = self._owner()
         hooks = [hook for part in module.modules() for hook in part._forward_pre_hooks.values()]
         for other in {masking for hook in hooks if isinstance(hook, _Hook) and (masking := hook.masking())} - {self}:
@@ -117,6 +120,7 @@ class Masking:
             if shared and any(param in shared for param in module.parameters()):
                 for root in [root for root in other.attached() if shared & set(root.parameters())]:
                     other.detach(root)
+                    other.displaced = True
         handles = self._handles[module] = []
         for part in module.modules():
             is_root = part is module

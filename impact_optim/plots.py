@@ -202,7 +202,7 @@ def plot_keep_probabilities_of(
             ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes[0][0].set_yticks(range(len(names)), names)
         axes[0][0].set_ylim(len(names) - 0.7, -0.95)
-        figure.supxlabel("keep probability (dot: layer's mean, dashed: mean of all weights)", fontsize=9)
+        figure.supxlabel("keep probability\n(dot: layer's mean, dashed: mean of all weights)", fontsize=9)
     return figure
 
 

@@ -104,6 +104,13 @@ def test_sparse_gradients():
     assert len(optimizer.state) == 0 or all("momentum_buffer" not in s for s in optimizer.state.values())
 
 
+def test_a_slip_in_the_options_of_a_group():
+    with pytest.raises(ValueError, match=r"'droprate' is no option of a parameter group; did you mean 'drop_rate'\?"):
+        ImpactSGD([{"params": nn.Linear(3, 3).parameters(), "droprate": 0.3}])
+    for own in ("name", "initial_lr", "lr_scale", "max_momentum", "base_momentum", "swa_lr"):
+        assert ImpactSGD([{"params": nn.Linear(3, 3).parameters(), own: 1}]).param_groups[0][own] == 1
+
+
 def test_foreach_and_differentiable_exclude_each_other():
     with pytest.raises(RuntimeError, match=r"foreach.*differentiable"):
         ImpactSGD(nn.Linear(2, 2), foreach=True, differentiable=True)
@@ -140,5 +147,7 @@ def test_attaching_what_does_not_belong():
 def test_reading_what_does_not_belong():
     optimizer = ImpactSGD(nn.Linear(3, 3))
     for read in (optimizer.importance, optimizer.keep_probability):
+        with pytest.raises(TypeError, match=r"the parameter itself, .* not '0\.weight'"):
+            read("0.weight")
         with pytest.raises(ValueError, match=r"shape \(4, 4\) is no parameter"):
             read(torch.zeros(4, 4))

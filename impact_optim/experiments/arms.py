@@ -33,7 +33,7 @@ DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
 BASELINE = "baseline"
 _SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
 # What a command may set; the rest of ImpactSGD's options belong to the program or change nothing that it reports.
-_NOT_SETTABLE = ("self", "params", "seed", "per_rank_masks", "maximize", "differentiable")
+_NOT_SETTABLE = ("self", "params", "seed", "per_rank_masks", "maximize", "differentiable", "fused")
 SETTABLE = tuple(name for name in inspect.signature(ImpactSGD.__init__).parameters if name not in _NOT_SETTABLE)
 """Options that :func:`arm_options` accepts overrides of."""
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arms import ARMS, DEFAULT_ARMS, SETTABLE, arm_options
+from .arms import ARMS, BASELINE, DEFAULT_ARMS, SETTABLE, arm_options
 from .data import DATA, Data, batch_count, load_data
 from .models import MODELS, build_model
 from .results import Line, ResultsFolder, format_table, runs_of, summarise
@@ -63,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Trains the arms of the study side by side and reports test accuracy, generalisation gap and time, "
-        "with pictures. The same command resumes where it was stopped; more arms or seeds may join.",
-        epilog=f"Arms: {', '.join(ARMS)}. Options for --set: {', '.join(SETTABLE)}.",
+        description="Trains the arms of the study side by side and reports test accuracy, generalisation gap and\n"
+        "time, with pictures. The same command resumes where it was stopped; more arms or seeds may join.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"arms:\n{_describe_arms()}\n\noptions for --set: {', '.join(SETTABLE)}",
     )
     what = parser.add_argument_group("what to compare")
     what.add_argument(
@@ -141,6 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _describe_arms() -> str:
+    lines = []
+    for arm, options in ARMS.items():
+        what = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        lines.append(f"  {arm:24}{'torch.optim.SGD' if arm == BASELINE else what}")
+    return "\n".join(lines)
+
+
 def _prepare(args: argparse.Namespace) -> Study:
     """Checks all that can be checked before hours of training.
 
@@ -214,6 +223,7 @@ def _train_all(study: Study) -> None:
                         on_batch=progress.on_batch,
                         on_epoch=progress.on_epoch,
                     )
+                    progress.finish(arm, seed)
 
 
 class _Progress:
@@ -252,6 +262,10 @@ class _Progress:
 
     def on_epoch(self, line: Line) -> None:
         self._show(accuracy=f", epoch {line['epoch']}/{self._epochs}: {self._heldout} {100 * line['accuracy']:.1f}%")
+
+    def finish(self, arm: str, seed: int) -> None:
+        if self._bar is None:  # a log, at least
+            print(f"{arm}, seed {seed}{self._accuracy}", file=sys.stderr, flush=True)
 
     def _show(self, loss: str | None = None, accuracy: str | None = None) -> None:
         self._loss = self._loss if loss is None else loss

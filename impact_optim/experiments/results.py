@@ -243,7 +243,7 @@ def format_table(summaries: Sequence[ArmSummary], epochs: int, heldout: str = "t
         "arm",
         "seeds",
         f"{heldout} accuracy %",
-        f"at epoch {early_epoch(epochs)} %",
+        f"after epoch {early_epoch(epochs)} %",
         f"train − {heldout} %",
         "loss gap",
         "dropped %",
