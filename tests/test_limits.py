@@ -546,3 +546,18 @@ def test_the_expected_network_knows_about_the_cap():
     with optimizer.expected():
         error = (total / 2000 - p.detach()) / p.detach()
     assert error.abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("kl_weight", [0.3, 1.0, 10.0])
+def test_the_budget_holds_when_the_signal_moves_all_at_once(kl_weight):
+    """A tenth of the weights carries all gradient, and every 50 steps it is another tenth."""
+    p = nn.Parameter(torch.randn(100, 100))
+    optimizer = ImpactSGD([p], lr=0.0, drop_rate=0.5, importance="fisher", importance_lr=0.01, kl_weight=kl_weight)
+    for step in range(200):
+        if step % 50 == 0:
+            active = (torch.rand(100, 100) < 0.1).float()
+        keep = optimizer.keep_probability(p)  # of the mask that is drawn next
+        assert keep.double().mean().item() == pytest.approx(0.5, abs=1e-5)
+        with optimizer.masked():
+            p.grad = torch.randn(100, 100) * active
+        optimizer.step()
