@@ -250,7 +250,9 @@ class ImpactSGD(Optimizer):
             for group in self.param_groups:
                 for members in self._simplexes(group) if group["drop_rate"] > 0 else []:
                     for p, keep in zip(members, self._keep(members, group, index)[0], strict=True):
-                        factors[p] = (keep * _enlargement(keep, group)).to(p.dtype)
+                        if group["rescale"] == "inverse":  # 1, but where the enlargement is capped
+                            keep = (keep / _smallest_divisor(group)).clamp_(max=1.0)
+                        factors[p] = keep.to(p.dtype)
         with self._masking.substitute(factors):
             yield
 
@@ -281,8 +283,8 @@ class ImpactSGD(Optimizer):
                     )
                 for p, k, mask in zip(members, keep, masks, strict=True):
                     if p not in factors:
-                        value = (mask * _enlargement(k, group)).to(p.dtype)
-                        factors[p] = Factor(value, dense_grad=not group["per_rank_masks"])
+                        value = mask / k.clamp_min(_smallest_divisor(group)) if group["rescale"] == "inverse" else mask
+                        factors[p] = Factor(value.to(p.dtype), dense_grad=not group["per_rank_masks"])
 
     def _keep(
         self, members: list[Tensor], group: dict[str, Any], index: dict[Tensor, int]
@@ -779,7 +781,7 @@ class Simplex:
             log_w = [self.log_importances[k] for k in ready]
             u = [self._unitless(h) for h in ready.values()]
             shrink = 1.0 / (1.0 + importance_lr * kl_weight)
-            torch._foreach_sub_(log_w, [self.log_normalizer] * len(log_w))
+            torch._foreach_sub_(log_w, [self.log_normalizer] * len(log_w))  # one tensor for all would be read back
             torch._foreach_mul_(log_w, shrink)
             torch._foreach_sub_(log_w, u, alpha=importance_lr * shrink)
             torch._foreach_clamp_min_(log_w, -LOG_BOUND)
@@ -1021,11 +1023,9 @@ def _simplex_id(members: list[Tensor], index: dict[Tensor, int]) -> int:
     return zlib.crc32(repr([(index[p], p.numel()) for p in members]).encode())
 
 
-def _enlargement(keep: Tensor, group: dict[str, Any]) -> Tensor | float:
-    """What a kept weight is multiplied with."""
-    if group["rescale"] == "none":
-        return 1.0
-    return keep.clamp_min((1.0 - group["drop_rate"]) / _RESCALE_CAP).reciprocal_()
+def _smallest_divisor(group: dict[str, Any]) -> float:
+    """What ``rescale="inverse"`` divides by where π is smaller."""
+    return (1.0 - group["drop_rate"]) / _RESCALE_CAP
 
 
 def _exact_masks(keep: list[Tensor], u: list[Tensor], members: list[Tensor], drop_rate: float) -> list[Tensor]:

@@ -229,11 +229,11 @@ class Masking:
         if self._dense is not None:
             raise RuntimeError("masked() and expected() cannot be nested: leave the outer scope first")
         torch.clear_autocast_cache()  # it holds casts of the weights that are about to change
-        with torch.no_grad():
-            self._dense = [(param, param.detach().clone()) for param in factors]
-            for param, factor in factors.items():
-                param.mul_(factor)
         try:
+            with torch.no_grad():
+                self._dense = [(param, param.detach().clone()) for param in factors]
+                for param, factor in factors.items():
+                    param.mul_(factor)
             yield
         finally:
             self.restore()

@@ -5,7 +5,7 @@ import inspect
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,15 +40,6 @@ torch.backends.__allow_nonbracketed_mutation_flag = True  # type: ignore[attr-de
 
 CPU_AND_CUDA = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 BOTH_IMPLEMENTATIONS = pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only lose by more, most of all where other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------ description

@@ -19,16 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from impact_optim import ImpactSGD
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only lose by more, most of all where other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ------------------------------------------------------------------------------------------ helpers
 
 

@@ -149,10 +149,8 @@ def test_an_exception_leaves_the_weights_dense(where):
     optimizer.step()
 
 
-def test_a_keyboard_interrupt_in_a_forward_pass_does_not_reach_checkpoints_or_evaluation():
-    model, optimizer = build()
-    dense = snapshot(model)
-    expected = functional_call(copy.deepcopy(model).eval(), dense, (x,))
+def interrupt_forward(model):
+    """Ctrl-C in the middle of a forward pass, which torch's hooks do not get to see."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -161,6 +159,13 @@ def test_a_keyboard_interrupt_in_a_forward_pass_does_not_reach_checkpoints_or_ev
     with pytest.raises(KeyboardInterrupt):
         model(x)
     handle.remove()
+
+
+def test_a_keyboard_interrupt_in_a_forward_pass_does_not_reach_checkpoints_or_evaluation():
+    model, optimizer = build()
+    dense = snapshot(model)
+    expected = functional_call(copy.deepcopy(model).eval(), dense, (x,))
+    interrupt_forward(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, dense[name])
     model.eval()
@@ -532,14 +537,7 @@ def test_parameters_that_nobody_attached_are_named():
 def test_after_a_keyboard_interrupt_every_call_finds_its_own_masks(call):
     model, optimizer = build()
     dense = snapshot(model)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    handle = model[2].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    handle.remove()
+    interrupt_forward(model)
     if call == "root without gradients":
         with torch.no_grad():
             torch.testing.assert_close(model(x), functional_call(copy.deepcopy(model), dense, (x,)))
@@ -598,3 +596,25 @@ def test_no_step_and_no_masked_pass_waits_for_a_device(foreach, options):
         loss.backward()
         with _NoWaiting():
             optimizer.step()
+
+
+def test_a_scope_that_cannot_be_entered_leaves_the_weights_dense():
+    model, optimizer = build()
+    dense = snapshot(model)
+    optimizer._masking.factors()[model[4].weight] = optimizer._masking.factors()[model[0].weight]  # of another shape
+    with pytest.raises(RuntimeError, match="size of tensor"), optimizer.masked():
+        pass
+    assert_dense(model, dense)
+
+
+def test_expected_weights_are_bitwise_dense_where_nothing_is_capped():
+    model, optimizer = build(importance_lr=0.1, kl_weight=3.0)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    dense = snapshot(model)
+    assert optimizer.keep_probability(model[0].weight).min() > 0.06  # the cap is at (1 - 0.4) / 10
+    assert optimizer.keep_probability(model[0].weight).std() > 0.01
+    with optimizer.expected():
+        assert_dense(model, dense)
