@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import chain
+from itertools import chain, repeat
 from numbers import Real
 from typing import Any, NamedTuple, cast
 
@@ -16,20 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach, _to_scalar, _use_grad_for_differentiable
 
+from .layout import blocks, flatten, sample, unflatten
 from .masking import Factor, Masking
-from .sampling import pareto_sample, uniform
+from .sampling import bit_blocks, is_kept, pareto_sample, uniform
 from .signals import SIGNALS
-from .simplex import LOG_BOUND, fill_target, keep_probability, log_mean_exp, mirror_step, perplexity, water_level
+from .simplex import (
+    LOG_BOUND,
+    SAMPLE,
+    fill_target,
+    keep_probability,
+    log_mean_exp,
+    mirror_step,
+    next_water_level,
+    perplexity,
+    total,
+    water_level,
+)
 
 __all__ = ["ImpactSGD", "TensorSummary", "impact_sgd"]
 
 _SCALE_DECAY = 0.9  # of the running mean of |h|
 _CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
 _RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
-_FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which the level of the mask before is worth a start
+_FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which the water level can follow from step to step
 
 # Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it.
-_FLOAT32_STATE = ("log_importance", "log_normalizer", "signal_scale", "water_level")
+_FLOAT32_STATE = ("log_importance", "log_normalizer", "signal_scale", "water_level", "water_error")
 _IMPORTANCE_STATE = (*_FLOAT32_STATE, "water_target", "simplex_id")
 _NEEDS_DIRECTION = ("hypergradient", "lookahead")
 
@@ -103,7 +115,7 @@ class ImpactSGD(Optimizer):
         _check_options(defaults)
         module = params if isinstance(params, nn.Module) else None
         self._masking = Masking(self)
-        self._new_levels: list[tuple[list[Tensor], int, Tensor, float]] = []
+        self._new_levels: list[tuple[int, Tensor, float]] = []
         super().__init__(params if module is None else module.parameters(), defaults)  # type: ignore[arg-type]
         if module is not None:
             self.attach(module)
@@ -249,7 +261,9 @@ class ImpactSGD(Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 for members in self._simplexes(group) if group["drop_rate"] > 0 else []:
-                    for p, keep in zip(members, self._keep(members, group, index)[0], strict=True):
+                    budget = self._budget(members, group, index)
+                    for k, p in enumerate(members):
+                        keep = budget.keep_probability(k)
                         if group["rescale"] == "inverse":  # 1, but where the enlargement is capped
                             keep = (keep / _smallest_divisor(group)).clamp_(max=1.0)
                         factors[p] = keep.to(p.dtype)
@@ -268,42 +282,42 @@ class ImpactSGD(Optimizer):
             for members in self._simplexes(group):
                 if all(p in factors for p in members):
                     continue
-                keep, level, target = self._keep(members, group, index)
-                if level is not None:
+                budget = self._budget(members, group, index)
+                if budget.is_new:
                     # Only the step itself changes the state: a save in between resumes with the same masks.
-                    self._new_levels.append((members, _simplex_id(members, index), level, target))
-                masks: Iterable[Tensor]
+                    level = cast(Tensor, budget.log_level) + budget.normalizer
+                    self._new_levels.append((_simplex_id(members, index), level, budget.target))
+                exact = []
                 if group["sampling"] == "exact":
-                    u = [uniform(p.numel(), tensor=index[p], bits=32, device=p.device, **place) for p in members]
-                    masks = _exact_masks(keep, u, members, group["drop_rate"])
-                else:  # one tensor at a time, so that no draw outlives its mask
-                    masks = (
-                        uniform(p.numel(), tensor=index[p], device=p.device, **place).view(p.shape) < k
-                        for p, k in zip(members, keep, strict=True)
-                    )
-                for p, k, mask in zip(members, keep, masks, strict=True):
-                    if p not in factors:
-                        value = mask / k.clamp_min(_smallest_divisor(group)) if group["rescale"] == "inverse" else mask
-                        factors[p] = Factor(value.to(p.dtype), dense_grad=not group["per_rank_masks"])
+                    u = [uniform(p.numel(), tensor=index[p], device=p.device, **place) for p in members]
+                    exact = _exact_masks(budget, u, members, group["drop_rate"])
+                for k, p in enumerate(members):
+                    if p in factors:
+                        continue
+                    draws = bit_blocks(p.numel(), tensor=index[p], device=p.device, **place)
+                    value = torch.empty(p.numel(), dtype=p.dtype, device=p.device)
+                    for (out,), keep, draw in zip(
+                        blocks(value), budget.keep(k), exact[k] if exact else draws, strict=False
+                    ):
+                        kept = draw if exact else is_kept(draw, keep)
+                        out.copy_(kept / keep.clamp_min(_smallest_divisor(group)))
+                    factors[p] = Factor(unflatten(value, p), dense_grad=not group["per_rank_masks"])
 
-    def _keep(
-        self, members: list[Tensor], group: dict[str, Any], index: dict[Tensor, int]
-    ) -> tuple[list[Tensor], Tensor | None, float]:
-        """Keep probabilities of a simplex, with the water level and its target where there is one. Changes nothing."""
+    def _budget(self, members: list[Tensor], group: dict[str, Any], index: dict[Tensor, int]) -> Budget:
+        """How the keep probabilities of a simplex follow from its importances. Changes nothing."""
         drop_rate = group["drop_rate"]
         if group["sampling"] == "exact":  # what can be met exactly
             n = sum(p.numel() for p in members)
             drop_rate = round(drop_rate * n) / n
-        budget = {"drop_rate": drop_rate, "keep_floor": group["keep_floor"], "drop": group["drop"]}
-        target = fill_target(**budget)
-        if group["importance"] == "uniform" or not 0.0 < target < 1.0:
-            return [torch.full((), 1.0 - drop_rate, device=p.device) for p in members], None, target
+        budget = Budget(members, drop_rate, group["keep_floor"], group["drop"])
+        if group["importance"] == "uniform" or not 0.0 < budget.target < 1.0:
+            return budget
         log_w, normalizer = self._log_importances(members, index)
         state = self.state.get(members[0], {})
-        calm = group["importance_lr"] <= _FOLLOW[0] and group["kl_weight"] >= _FOLLOW[1]
-        follows = calm and state.get("water_target") == target and self._is_joined(members, index)
-        level = water_level(log_w, target, state["water_level"] - normalizer if follows else None)
-        return [keep_probability(t, level.to(t.device), **budget) for t in log_w], level + normalizer, target
+        if state.get("water_target") == budget.target and self._is_joined(members, index):
+            return budget._replace(log_w=log_w, log_level=state["water_level"] - normalizer, normalizer=normalizer)
+        level = water_level([flatten(t, p) for t, p in zip(log_w, members, strict=True)], budget.target)
+        return budget._replace(log_w=log_w, log_level=level, normalizer=normalizer, is_new=True)
 
     def _log_importances(self, members: list[Tensor], index: dict[Tensor, int]) -> tuple[list[Tensor], Tensor]:
         """log w of the members and the normaliser to subtract, on the simplex that they are or would be joined on."""
@@ -339,7 +353,8 @@ class ImpactSGD(Optimizer):
                 log_normalizer=normalizer,
                 signal_scale=scale,
                 water_level=scalar,
-                water_target=0.0,  # no level has been solved for
+                water_error=scalar,
+                water_target=0.0,  # no level is known
                 simplex_id=_simplex_id(members, index),
             )
 
@@ -408,14 +423,12 @@ class ImpactSGD(Optimizer):
                         if i is not None and (grad := params[i].grad) is not None:
                             grad = -grad if group["maximize"] else grad
                             h = _signal(group["importance"], params[i], grad, directions[i], _to_scalar(group["lr"]))
-                            simplex.descend(k, h, group["importance_lr"], group["kl_weight"])
+                            simplex.descend(
+                                k, h, simplex.log_importances[k], group["importance_lr"], group["kl_weight"]
+                            )
                     simplex.finish()
                 self._store_simplexes(simplexes)
 
-        for members, simplex_id, level, target in self._new_levels:
-            if all(self.state.get(p, {}).get("simplex_id") == simplex_id for p in members):
-                for p in members:
-                    self.state[p].update(water_level=level, water_target=target)
         self._new_levels = []
         for group in self.param_groups:
             group["step"] += 1
@@ -469,22 +482,36 @@ class ImpactSGD(Optimizer):
             if not any(p in position for p in members):
                 continue
             self._join(members, index)
+            for simplex_id, level, target in self._new_levels:
+                if simplex_id == _simplex_id(members, index):
+                    error = torch.zeros_like(level)
+                    for p in members:
+                        self.state[p].update(water_level=level, water_error=error, water_target=target)
             state = self.state[members[0]]
-            simplexes.append(
-                Simplex(
-                    members,
-                    [position.get(p) for p in members],
-                    [self.state[p]["log_importance"] for p in members],
-                    state["log_normalizer"],
-                    state["signal_scale"],
-                )
+            positions = [position.get(p) for p in members]
+            simplex = Simplex(
+                members,
+                positions,
+                [self.state[p]["log_importance"] for p in members],
+                state["log_normalizer"],
+                state["signal_scale"],
             )
+            target = fill_target(group["drop_rate"], group["keep_floor"], group["drop"])
+            if state["water_target"] == target and None not in positions and _can_follow(simplex, group):
+                simplex.water_level, simplex.water_error = state["water_level"], state["water_error"]
+                simplex.water_target = target
+            simplexes.append(simplex)
         return simplexes
 
     def _store_simplexes(self, simplexes: list[Simplex]) -> None:
         for simplex in simplexes:
+            values: dict[str, Any] = {"log_normalizer": simplex.log_normalizer, "signal_scale": simplex.signal_scale}
+            if simplex.has_moved:
+                values["water_target"] = simplex.water_target
+            if simplex.water_target:
+                values.update(water_level=simplex.water_level, water_error=simplex.water_error)
             for p in simplex.members:
-                self.state[p].update(log_normalizer=simplex.log_normalizer, signal_scale=simplex.signal_scale)
+                self.state[p].update(values)
 
     # ---------------------------------------------------------------- read-outs
 
@@ -514,9 +541,8 @@ class ImpactSGD(Optimizer):
         """
         group, members = self._find(param)
         if members and group["drop_rate"] > 0:
-            for p, keep in zip(members, self._keep(members, group, self._index())[0], strict=True):
-                if p is param:
-                    return keep.expand(param.shape).clone()
+            budget = self._budget(members, group, self._index())
+            return budget.keep_probability(next(k for k, p in enumerate(members) if p is param))
         return torch.ones_like(param, dtype=torch.float32)
 
     @torch.no_grad()
@@ -526,10 +552,9 @@ class ImpactSGD(Optimizer):
         index = self._index()
         for group in self.param_groups:
             for members in self._simplexes(group):
-                keeps = (
-                    self._keep(members, group, index)[0] if group["drop_rate"] > 0 else [torch.ones(())] * len(members)
-                )
-                for p, w, keep in zip(members, self._importances(members, index), keeps, strict=True):
+                budget = self._budget(members, group, index) if group["drop_rate"] > 0 else None
+                for k, (p, w) in enumerate(zip(members, self._importances(members, index), strict=True)):
+                    keep = torch.ones(()) if budget is None else budget.keep_probability(k)
                     rows.append(
                         TensorSummary(
                             name=self._name(p),
@@ -724,6 +749,51 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
     """
 
 
+class Budget(NamedTuple):
+    """How the keep probabilities of one simplex follow from its importances.
+
+    Without ``log_w`` they are all the same.
+    """
+
+    members: list[Tensor]
+    drop_rate: float
+    keep_floor: float
+    drop: str
+    log_w: list[Tensor] | None = None
+    log_level: Tensor | None = None
+    """log c, relative to ``log_w`` as it stands."""
+    normalizer: Tensor | float = 0.0
+    """What to subtract from ``log_w`` for mean(w) = 1."""
+    is_new: bool = False
+    """Whether the level was solved for, and is not the one that the step before left."""
+
+    @property
+    def target(self) -> float:
+        return fill_target(self.drop_rate, self.keep_floor, self.drop)
+
+    def keep(self, k: int) -> Iterator[Tensor]:
+        """π of member k, block by block in the order of its memory."""
+        p = self.members[k]
+        if self.log_w is None or self.log_level is None:
+            yield from repeat(torch.full((), 1.0 - self.drop_rate, device=p.device))
+        else:
+            for (log_w,) in blocks(flatten(self.log_w[k], p)):
+                yield keep_probability(
+                    cast(Tensor, log_w),
+                    self.log_level.to(p.device),
+                    drop_rate=self.drop_rate,
+                    keep_floor=self.keep_floor,
+                    drop=self.drop,
+                )
+
+    def keep_probability(self, k: int) -> Tensor:
+        """π of member k, of its shape."""
+        p = self.members[k]
+        if self.log_w is None:
+            return torch.full_like(p, 1.0 - self.drop_rate, dtype=torch.float32)
+        return unflatten(torch.cat(list(self.keep(k))), p)
+
+
 @dataclass
 class Simplex:
     """The importances of one simplex, while a step changes them.
@@ -741,42 +811,58 @@ class Simplex:
     log_importances: list[Tensor]
     log_normalizer: Tensor
     signal_scale: Tensor
+    water_level: Tensor | None = None
+    water_error: Tensor | None = None
+    water_target: float = 0.0
 
     def __post_init__(self) -> None:
         # No signal is used before its scale is known: the first one only sets it.
         known = self.signal_scale > torch.finfo(torch.float32).tiny
         self._inverse_scale = torch.where(known, self.signal_scale.reciprocal(), 0.0)
+        self._log_level: Tensor | None = None  # of the next masks, relative to the log-importances after the step
         self._absolute: list[Tensor] = []
+        self._raised: list[Tensor] = []
+        self._filled: list[Tensor] = []
         self._counted = 0
         self._descended: set[int] = set()
+
+    @property
+    def has_moved(self) -> bool:
+        return bool(self._descended)
 
     def weights(self, k: int) -> Tensor:
         """w of member k."""
         return (self.log_importances[k] - self.log_normalizer.to(self.log_importances[k].device)).exp_()
 
     @torch.no_grad()
-    def descend(self, k: int, h: Tensor | None, importance_lr: float, kl_weight: float) -> None:
-        """The mirror step of member k."""
-        if h is None:
-            return
-        log_w = self.log_importances[k]
-        u = self._unitless(h)
-        log_w.copy_(mirror_step(log_w, u, importance_lr, kl_weight, self.log_normalizer.to(log_w.device)))
-        self._descended.add(k)
+    def look_ahead(self, h: Tensor | None, importance_lr: float, kl_weight: float) -> None:
+        """Finds the water level of the next masks before the step, from the signal of a sample of the weights.
 
-    def _unitless(self, h: Tensor) -> Tensor:
-        h = h.nan_to_num(0.0, 0.0, 0.0)  # not in place: a signal may be one of its own arguments
-        self._absolute.append(h.abs().sum())
-        self._counted += h.numel()
-        return h.mul_(self._inverse_scale.to(h.device)).clamp_(-_CLIP, _CLIP)
+        Then one pass over the weights is all that a step needs: what it sums up corrects the level after.
+        """
+        if h is not None and self.water_level is not None and self.water_error is not None:
+            old = sample(self.log_importances, SAMPLE, self.members) - self.log_normalizer
+            u = _finite(h).mul_(self._inverse_scale).clamp_(-_CLIP, _CLIP)
+            new = mirror_step(old, u, importance_lr, kl_weight)
+            # The bound keeps the sums of a step inside float32.
+            self._log_level = next_water_level(old, new, self.water_level, self.water_error).clamp_(-25.0, 25.0)
+
+    @torch.no_grad()
+    def descend(self, k: int, h: Tensor | None, log_w: Tensor, importance_lr: float, kl_weight: float) -> None:
+        """The mirror step of member k, or of a block of it."""
+        if h is not None:
+            u = self._unitless(h)
+            log_w.copy_(mirror_step(log_w, u, importance_lr, kl_weight, self.log_normalizer.to(log_w.device)))
+            self._sum_up(log_w)
+            self._descended.add(k)
 
     @torch.no_grad()
     def descend_all(self, signals: dict[int, Tensor | None], importance_lr: float, kl_weight: float) -> None:
-        """The mirror steps of all members, tensor by tensor to the same bits, in fewer kernels."""
+        """The mirror steps of all members, in fewer kernels."""
         ready = {k: h for k, h in signals.items() if h is not None}
         if len({log_w.device for log_w in self.log_importances}) > 1:
             for k, h in ready.items():
-                self.descend(k, h, importance_lr, kl_weight)
+                self.descend(k, h, self.log_importances[k], importance_lr, kl_weight)
         elif ready:
             log_w = [self.log_importances[k] for k in ready]
             u = [self._unitless(h) for h in ready.values()]
@@ -786,26 +872,49 @@ class Simplex:
             torch._foreach_sub_(log_w, u, alpha=importance_lr * shrink)
             torch._foreach_clamp_min_(log_w, -LOG_BOUND)
             torch._foreach_clamp_max_(log_w, LOG_BOUND)
+            for t in log_w:
+                self._sum_up(t)
             self._descended.update(ready)
+
+    def _unitless(self, h: Tensor) -> Tensor:
+        h = _finite(h)
+        self._absolute.append(h.abs().sum())
+        self._counted += h.numel()
+        return h.mul_(self._inverse_scale.to(h.device)).clamp_(-_CLIP, _CLIP)
+
+    def _sum_up(self, log_w: Tensor) -> None:
+        w = log_w.exp() if self._log_level is None else (log_w + self._log_level.to(log_w.device)).exp_()
+        self._raised.append(w.sum())
+        if self._log_level is not None:
+            self._filled.append(w.clamp_(max=1.0).sum())
 
     @torch.no_grad()
     def finish(self) -> None:
         """The scalars for the next step."""
         if not self._descended:
             return
-        moved = [log_w for k, log_w in enumerate(self.log_importances) if k in self._descended]
-        idle = [log_w for k, log_w in enumerate(self.log_importances) if k not in self._descended]
+        moved: list[Tensor] = []
+        idle: list[Tensor] = []
+        for k, log_w in enumerate(self.log_importances):
+            (moved if k in self._descended else idle).append(log_w)
+        n, n_moved, n_idle = (sum(t.numel() for t in ts) for ts in (self.log_importances, moved, idle))
+        device, scale = self.signal_scale.device, self.signal_scale
         # The importances of a tensor without a signal stay as they are; those of the others keep their total.
-        normalizer = log_mean_exp(moved)
+        normalizer = (total(self._raised).to(device) / n_moved).log()
+        if self._log_level is not None:
+            normalizer = normalizer - self._log_level.to(device)
         if idle:
-            n, n_moved, n_idle = (sum(t.numel() for t in ts) for ts in (self.log_importances, moved, idle))
-            total_idle = n_idle * (log_mean_exp(idle) - self.log_normalizer).exp()
+            total_idle = n_idle * (log_mean_exp(idle).to(device) - self.log_normalizer).exp()
             normalizer = normalizer - ((n - total_idle).clamp_min(torch.finfo(torch.float32).tiny) / n_moved).log()
             for log_w in idle:
                 log_w.add_((normalizer - self.log_normalizer).to(log_w.device))
         self.log_normalizer = normalizer
-        device, scale = self.signal_scale.device, self.signal_scale
-        mean = torch.stack([part.to(device, non_blocking=True) for part in self._absolute]).sum() / self._counted
+        if self._log_level is None:
+            self.water_target = 0.0  # no level is known any more
+        else:
+            self.water_level = self._log_level.to(device) + normalizer
+            self.water_error = total(self._filled).to(device) / n - self.water_target
+        mean = total(self._absolute).to(device) / self._counted
         mean = mean.nan_to_num_(0.0, 0.0, 0.0)  # the sum of finite signals may still overflow
         self.signal_scale = torch.where(scale > 0, scale.lerp(mean.minimum(_CLIP * scale), 1 - _SCALE_DECAY), mean)
 
@@ -883,6 +992,46 @@ def _signal(
         return None if h is None else h.float()
 
 
+def _finite(h: Tensor) -> Tensor:
+    return h.nan_to_num(0.0, 0.0, 0.0)  # not in place: a signal may be one of its own arguments
+
+
+def _look_ahead(
+    simplexes: list[Simplex],
+    params: list[Tensor],
+    grads: list[Tensor],
+    directions: list[Tensor | None],
+    importance: str,
+    lr: float | Tensor,
+    maximize: bool,
+    importance_lr: float,
+    kl_weight: float,
+) -> None:
+    """Lets each simplex that follows its water level see the signal of a sample of its weights."""
+    for simplex in simplexes:
+        if not simplex.water_target:
+            continue
+        at = [cast(int, i) for i in simplex.positions]
+        x, grad = (sample([ts[i] for i in at], SAMPLE, simplex.members) for ts in (params, grads))
+        found: list[Tensor] = [d for i in at if (d := directions[i]) is not None]
+        direction = sample(found, SAMPLE, simplex.members) if len(found) == len(at) else None
+        h = _signal(importance, x, -grad if maximize else grad, direction, lr)
+        simplex.look_ahead(h, importance_lr, kl_weight)
+
+
+def _can_follow(simplex: Simplex, group: dict[str, Any]) -> bool:
+    """Whether the change of a sample says enough of the change of the simplex."""
+    is_large = sum(p.numel() for p in simplex.members) > SAMPLE  # else each level is solved for, exactly
+    eta, lam = _FOLLOW
+    return (
+        is_large
+        and group["importance_lr"] <= eta
+        and group["kl_weight"] >= lam
+        and group["importance"] != "lookahead"
+        and group["drop_rate"] > 0
+    )
+
+
 def _single_tensor_impactsgd(
     params: list[Tensor],
     grads: list[Tensor],
@@ -902,38 +1051,53 @@ def _single_tensor_impactsgd(
     maximize: bool,
 ) -> None:
     place = {i: (simplex, k) for simplex in simplexes for k, i in enumerate(simplex.positions) if i is not None}
+    if importance != "lookahead":
+        _look_ahead(simplexes, params, grads, directions, importance, lr, maximize, importance_lr, kl_weight)
     for i, param in enumerate(params):
-        grad = grads[i] if not maximize else -grads[i]
         simplex, k = place.get(i, (None, 0))
-        buf = directions[i]
+        keeps_direction = momentum != 0 or (simplex is not None and importance in _NEEDS_DIRECTION)
+        is_first = keeps_direction and directions[i] is None
+        if is_first:
+            directions[i] = torch.empty_like(grads[i], requires_grad=False)
+        tensors = (
+            param,
+            grads[i],
+            directions[i] if keeps_direction else None,
+            factors[i],
+            None if simplex is None else simplex.log_importances[k],
+        )
+        # Block by block, each goes through the cache once. Autograd wants whole tensors.
+        for x, grad, buf, factor, log_w in [tensors] if torch.is_grad_enabled() else blocks(*tensors):
+            assert x is not None
+            assert grad is not None
+            if maximize:
+                grad = -grad
 
-        # Of the weights as they were, and of the direction that led to them: before anything moves.
-        h = None
-        if simplex is not None and importance != "lookahead":
-            h = _signal(importance, param, grad, buf, lr)
+            # Of the weights as they were, and of the direction that led to them: before anything moves.
+            h = None
+            if simplex is not None and importance != "lookahead":
+                h = _signal(importance, x, grad, None if is_first else buf, lr)
 
-        factor = factors[i]
-        if factor is not None:
-            grad = grad * factor
-        if weight_decay != 0:
-            grad = grad.add(param, alpha=weight_decay)
-        if momentum != 0:
-            if buf is not None:
+            if factor is not None:
+                grad = grad * factor
+            if weight_decay != 0:
+                grad = grad.add(x, alpha=weight_decay)
+            if buf is not None and (is_first or momentum == 0):
+                buf.copy_(grad.detach())
+            elif buf is not None:
                 buf.mul_(momentum).add_(grad, alpha=1 - dampening)
-            buf = _buffer(directions, i, grad)
-            grad = grad.add(buf, alpha=momentum) if nesterov else buf
-        elif simplex is not None and importance in _NEEDS_DIRECTION:
-            _buffer(directions, i, grad).copy_(grad.detach())
+            if buf is not None and momentum != 0:
+                grad = grad.add(buf, alpha=momentum) if nesterov else buf
 
-        if scale_steps and simplex is not None:
-            grad = grad * simplex.weights(k).to(grad.dtype)
-        if isinstance(lr, Tensor) and lr.requires_grad:
-            param.addcmul_(grad, lr, value=-1)
-        else:
-            param.add_(grad, alpha=-lr)  # type: ignore[arg-type]
+            if scale_steps and simplex is not None and log_w is not None:
+                grad = grad * (log_w - simplex.log_normalizer.to(log_w.device)).exp_().to(grad.dtype)
+            if isinstance(lr, Tensor) and lr.requires_grad:
+                x.addcmul_(grad, lr, value=-1)
+            else:
+                x.add_(grad, alpha=-lr)  # type: ignore[arg-type]
 
-        if simplex is not None:
-            simplex.descend(k, h, importance_lr, kl_weight)
+            if simplex is not None and log_w is not None:
+                simplex.descend(k, h, log_w, importance_lr, kl_weight)
     for simplex in simplexes:
         simplex.finish()
 
@@ -959,6 +1123,8 @@ def _multi_tensor_impactsgd(
     if not params:
         return
     place = {i: (simplex, k) for simplex in simplexes for k, i in enumerate(simplex.positions) if i is not None}
+    if importance != "lookahead":
+        _look_ahead(simplexes, params, grads, directions, importance, lr, maximize, importance_lr, kl_weight)
     signals: dict[int, Tensor | None] = {}
 
     grouped = Optimizer._group_tensors_by_device_and_dtype([params, grads], with_indices=True)  # type: ignore[list-item]
@@ -1024,17 +1190,17 @@ def _simplex_id(members: list[Tensor], index: dict[Tensor, int]) -> int:
 
 
 def _smallest_divisor(group: dict[str, Any]) -> float:
-    """What ``rescale="inverse"`` divides by where π is smaller."""
-    return (1.0 - group["drop_rate"]) / _RESCALE_CAP
+    """What a kept weight is divided by where π is smaller; ``rescale="none"`` never divides by less than 1."""
+    return (1.0 - group["drop_rate"]) / _RESCALE_CAP if group["rescale"] == "inverse" else 1.0
 
 
-def _exact_masks(keep: list[Tensor], u: list[Tensor], members: list[Tensor], drop_rate: float) -> list[Tensor]:
-    """Masks of one simplex that drop exactly ``round(drop_rate * n)`` weights together."""
+def _exact_masks(budget: Budget, u: list[Tensor], members: list[Tensor], drop_rate: float) -> list[Iterator[Tensor]]:
+    """Masks of one simplex that drop exactly ``round(drop_rate * n)`` weights together, block by block."""
     device, sizes = u[0].device, [t.numel() for t in u]
     size = sum(sizes) - round(drop_rate * sum(sizes))
-    probability = torch.cat([k.expand(p.shape).reshape(-1).to(device) for k, p in zip(keep, members, strict=True)])
-    mask = pareto_sample(probability, torch.cat([t.to(device) for t in u]), size)
-    return [part.view(p.shape).to(p.device) for part, p in zip(mask.split(sizes), members, strict=True)]
+    keep = [flatten(budget.keep_probability(k), p).to(device) for k, p in enumerate(members)]
+    masks = pareto_sample(torch.cat(keep), torch.cat([t.to(device) for t in u]), size).split(sizes)
+    return [(block for (block,) in blocks(mask.to(p.device))) for mask, p in zip(masks, members, strict=True)]
 
 
 def _rank() -> int:

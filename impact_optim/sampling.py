@@ -2,15 +2,24 @@
 
 A draw is a function of (seed, step, tensor index, rank, element index) and of nothing else, so there is no generator
 state to save, and every implementation and device sees the same masks, also after a resume.
+
+The generator has two levels. Philox gives every row of 4096 elements three keys of its own; a keyed hash of the
+position in the row gives every element its 32 bits, in a dozen integer operations that any device and any compiler
+can do in the registers of the loop that uses them. Philox for every element would cost more than the rest of a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .layout import BLOCK
+
+ROW = 4096  # elements that share their keys; also the width of the rows in which the compiled step runs
 _WORD = 0xFFFFFFFF
-_BLOCK = 1 << 16  # counters at a time on a CPU: what one block touches stays in the cache
 
 
 def philox4x32(
@@ -38,35 +47,64 @@ def philox4x32(
     return c0, c1, c2, c3  # type: ignore[return-value]
 
 
-def uniform(
-    n: int, *, seed: int, step: int, tensor: int, rank: int = 0, bits: int = 16, device: torch.device | str = "cpu"
-) -> Tensor:
-    """n numbers of the stream, uniform on the midpoints (k + 1/2) / 2^bits of (0, 1).
+def row_keys(row: Tensor, *, seed: int, step: int | Tensor, tensor: int | Tensor, rank: int = 0) -> Tensor:
+    """The keys of rows of 4096 elements, int32, three for each row.
 
-    Element i of a tensor comes from word ``i // q`` of counter ``i % q``, where q counters give n numbers. With 16
-    bits one call of the generator serves eight weights, and a keep probability is met to within 2^-17.
+    Args:
+        row: index of the row in its tensor, int64, one dimension.
+        seed, step, tensor, rank: the place in the stream; ``seed`` in [0, 2^64), the others in [0, 2^32). ``tensor``
+            may be given row by row, and ``step`` as a scalar tensor.
+    """
+    words = philox4x32((row, tensor, step & _WORD, rank), (seed & _WORD, seed >> 32 & _WORD))
+    return torch.stack(words[:3], dim=1).to(torch.int32)  # wraps: the bits are what counts
+
+
+def row_bits(keys: Tensor, position: Tensor) -> Tensor:
+    """32 random bits for each position of each row, as int32.
+
+    Two rounds of multiply and xor-shift, with a key before, between and after them: a keyed permutation of the 32-bit
+    words. The constants are those of lowbias32, found by a search for the least avalanche bias.
+
+    Args:
+        keys: int32, [..., 3]; see :func:`row_keys`.
+        position: int32, in [0, 4096); its shape must broadcast with that of one key.
+
+    Source: C. Wellons, Prospecting for hash functions, 2018; Even & Mansour, J. Cryptology 1997, for the keys.
+    """
+    k0, k1, k2 = keys.unbind(-1)
+    # A right shift of int32 copies the sign; the mask makes it the logical shift that the hash is made of.
+    h = position ^ k0
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
+    h = h ^ k1
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return h ^ ((h >> 16) & 0xFFFF) ^ k2
+
+
+def is_kept(bits: Tensor, keep: Tensor) -> Tensor:
+    """Whether 31 of the random bits, as a number in [0, 1), are below the keep probability; exact at 0 and 1."""
+    return (bits >> 1) < (keep * 2.0**31 - 2.0**30).to(torch.int32)
+
+
+def bit_blocks(
+    n: int, *, seed: int, step: int | Tensor, tensor: int, rank: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
+    """The random bits of n elements, int32, in the blocks in which :func:`impact_optim.layout.blocks` cuts a tensor.
 
     Args:
         n: how many.
-        seed, step, tensor, rank: the place in the stream; ``seed`` in [0, 2^64), the others in [0, 2^32).
-        bits: 16 (float32) or 32 (float64).
-        device: where.
+        seed, step, tensor, rank: the place in the stream; see :func:`row_keys`.
+        device: where; other devices than a CPU get one block.
     """
-    words_per_counter = 128 // bits
-    q = -(-n // words_per_counter)
-    dtype = torch.float32 if bits == 16 else torch.float64
-    out = torch.empty(words_per_counter, q, dtype=dtype, device=device)
-    block = _BLOCK if out.device.type == "cpu" else max(q, 1)
-    for start in range(0, q, block):
-        index = torch.arange(start, min(start + block, q), device=device)
-        words = philox4x32((index, tensor, step & _WORD, rank), (seed & _WORD, seed >> 32 & _WORD))
-        for i, word in enumerate(words):
-            if bits == 16:
-                out[2 * i, start : start + block] = word & 0xFFFF
-                out[2 * i + 1, start : start + block] = word >> 16
-            else:
-                out[i, start : start + block] = word
-    return out.add_(0.5).mul_(2.0**-bits).view(-1)[:n]
+    row, position = torch.arange(-(-n // ROW), device=device), torch.arange(ROW, dtype=torch.int32, device=device)
+    keys = row_keys(row, seed=seed, step=step, tensor=tensor, rank=rank).unsqueeze(1)
+    rows = BLOCK // ROW if row.device.type == "cpu" else max(len(row), 1)
+    for i, part in enumerate(keys.split(rows)):
+        yield row_bits(part, position).view(-1)[: n - i * rows * ROW]
+
+
+def uniform(n: int, **place: Any) -> Tensor:
+    """The bits of :func:`bit_blocks` as numbers, uniform on the midpoints (k + 1/2) / 2^32 of (0, 1), float64."""
+    return torch.cat(list(bit_blocks(n, **place))).double().add_(2.0**31 + 0.5).mul_(2.0**-32)
 
 
 def pareto_sample(probability: Tensor, u: Tensor, size: int) -> Tensor:

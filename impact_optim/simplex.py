@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .layout import blocks, sample
+
 # exp() of a log-importance, summed over 1e10 weights, stays inside float32, and no importance becomes a
 # zero that no step could lift again: exp(-60) is 1e-26.
 LOG_BOUND = 60.0
 
-_SAMPLE = 4096  # enough to start within a percent of the target
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
+SAMPLE = 4096  # weights; larger simplexes are looked at through a sample of that size
 
 
 def mirror_step(
@@ -64,20 +65,19 @@ def log_mean_exp(log_w: Sequence[Tensor]) -> Tensor:
     Args:
         log_w: the tensors of the simplex, at least one of them not empty.
     """
-    return torch.log(_total([t.exp().sum() for t in log_w]) / _numel(log_w))
+    return torch.log(total([t.exp().sum() for t in log_w]) / _numel(log_w))
 
 
-def water_level(log_w: Sequence[Tensor], mean: float, log_level: Tensor | None = None) -> Tensor:
+def water_level(log_w: Sequence[Tensor], mean: float) -> Tensor:
     r"""The level c at which :math:`\min(1, c \, w)` has a given mean over the simplex.
 
-    Up to 4096 weights are sorted, and the level is exact. With more, the mean is a concave, piecewise linear function
-    of c, so that a Newton step lands at or below the root, and the next ones rise to it. From the level of a simplex
-    that has moved a little since, two will do. Without such a start, four steps begin at the level of a sample.
+    Up to 4096 weights are sorted, and the level is exact. With more, four Newton steps begin at the level of a sample:
+    the mean is a concave, piecewise linear function of c, so that a step lands at or below the root, and the next ones
+    rise to it.
 
     Args:
         log_w: the tensors of the simplex.
         mean: the target, in (0, 1).
-        log_level: log c to follow from, relative to ``log_w`` as given.
 
     Returns:
         log c, a float32 scalar on the first tensor's device.
@@ -87,40 +87,56 @@ def water_level(log_w: Sequence[Tensor], mean: float, log_level: Tensor | None =
         >>> c  # min(1, c·w) = (1, 1/2, 1/2)
         tensor(0.5000)
     """
+    level = _exact_level(sample(log_w, SAMPLE), mean)
+    return level if _numel(log_w) <= SAMPLE else _newton(log_w, mean, level, steps=4)
+
+
+def next_water_level(old: Tensor, new: Tensor, log_level: Tensor, error: Tensor | float = 0.0) -> Tensor:
+    r"""The level of a simplex that takes a small step, from a sample of it before and after.
+
+    Solves :math:`\overline{\min(1, c' w')} = \overline{\min(1, c \, w)} - e` over the sample, so that what the
+    sample says of the change is used and what it says of the level is not: its error is that of the mean *change* of
+    4096 weights, which for steps of 1% is about 1e-4, and does not add up when e is measured at every step.
+
+    Args:
+        old: log w of the sample, one dimension.
+        new: log w of the same weights after the step; may be off by a constant.
+        log_level: log c, relative to ``old``.
+        error: e, by how much the mean over the whole simplex was too high at that level.
+
+    Returns:
+        log c', relative to ``new`` as given.
+    """
+    mean = (old + log_level).clamp_(max=0.0).exp_().mean() - error
+    start = log_level + old.mean() - new.mean()  # most of a step shifts all alike
+    return _newton([new], mean, start, steps=3)
+
+
+def _newton(log_w: Sequence[Tensor], mean: Tensor | float, log_level: Tensor, steps: int) -> Tensor:
     n = _numel(log_w)
-    steps = 0 if n <= _SAMPLE else 4 if log_level is None else 2
-    if log_level is None or n <= _SAMPLE:
-        log_level = _sample_level(log_w, mean)
     for _ in range(steps):
         full, rest = [], []
         for t in log_w:
-            filled = (t + log_level.to(t.device)).exp_()
-            is_full = filled >= 1.0
-            full.append(is_full.sum(dtype=torch.float32))
-            rest.append(filled.masked_fill_(is_full, 0.0).sum())
+            for (part,) in blocks(t):
+                filled = (part + log_level.to(t.device)).exp_()
+                is_full = filled >= 1.0
+                full.append(is_full.sum(dtype=torch.float32))
+                rest.append(filled.masked_fill_(is_full, 0.0).sum())
         # Newton on a linear piece: the open part has to carry what the full part does not. The bounds keep a start
         # on the wrong side of a kink (more full than the target, or nothing open) on its way.
-        ratio = (mean * n - _total(full)) / _total(rest).clamp_min(1e-30)
+        ratio = (mean * n - total(full)) / total(rest).clamp_min(1e-30)
         log_level = log_level + ratio.clamp(1 / 8, 8).log()
     return log_level
 
 
-def _sample_level(log_w: Sequence[Tensor], mean: float) -> Tensor:
-    """log c for a sample of the simplex, or for all of it if it is small, by sorting."""
-    device, n = log_w[0].device, _numel(log_w)
-    parts = [t.reshape(-1) for t in log_w]
-    if n > _SAMPLE:
-        # Multiples of the golden ratio modulo 1 spread evenly and keep step with no row length or kernel size.
-        spread = torch.arange(_SAMPLE, dtype=torch.float64, device=device).mul_(_GOLDEN_RATIO).frac_()
-        sizes = [-(-_SAMPLE * part.numel() // n) for part in parts]
-        places = [(spread[:size] * part.numel()).long() for part, size in zip(parts, sizes, strict=True)]
-        parts = [part[place.to(part.device)] for part, place in zip(parts, places, strict=True)]
-    sample = torch.cat([part.to(device) for part in parts]).sort(descending=True).values.double()
+def _exact_level(log_w: Tensor, mean: float) -> Tensor:
+    """log c by sorting."""
+    log_w = log_w.sort(descending=True).values.double()
     # With the k largest full, the others carry the rest: c_k = (mean·n - k) / (their sum). It is right for the first
     # k that leaves the next largest below 1.
-    open_share = mean * sample.numel() - torch.arange(sample.numel(), dtype=torch.float64, device=device)
-    level = open_share.clamp_min(1e-30).log() - sample.flip(0).logcumsumexp(0).flip(0)
-    k = (level + sample <= 1e-9).to(torch.uint8).argmax()
+    open_share = mean * log_w.numel() - torch.arange(log_w.numel(), dtype=torch.float64, device=log_w.device)
+    level = open_share.clamp_min(1e-30).log() - log_w.flip(0).logcumsumexp(0).flip(0)
+    k = (level + log_w <= 1e-9).to(torch.uint8).argmax()
     return level.gather(0, k.view(1)).squeeze(0).float()  # to index by a scalar would wait for the device
 
 
@@ -166,7 +182,8 @@ def perplexity(log_w: Sequence[Tensor]) -> Tensor:
     return torch.exp(-(log_p.exp() * log_p).sum())
 
 
-def _total(parts: Sequence[Tensor]) -> Tensor:
+def total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars on any devices, on the first one's."""
     if len(parts) == 1:
         return parts[0]
     return torch.stack([part.to(parts[0].device, non_blocking=True) for part in parts]).sum()
