@@ -8,19 +8,24 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache, partial
 from itertools import chain, repeat
 from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach, _to_scalar, _use_grad_for_differentiable
+from torch.optim.sgd import sgd
 
-from .layout import blocks, flatten, sample, unflatten
+from .fused import Numbers, Plan, Rows, compiler_works, mask_blocks, mask_pass, step_pass
+from .layout import blocks, flat_views, flatten, sample, unflatten
 from .masking import Factor, Masking
-from .sampling import bit_blocks, is_kept, pareto_sample, uniform
+from .sampling import ROW, bit_blocks, is_kept, pareto_sample, row_keys, uniform
 from .signals import SIGNALS
 from .simplex import (
+    CLIP,
     LOG_BOUND,
     SAMPLE,
     fill_target,
@@ -36,8 +41,9 @@ from .simplex import (
 __all__ = ["ImpactSGD", "TensorSummary", "impact_sgd"]
 
 _SCALE_DECAY = 0.9  # of the running mean of |h|
-_CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
 _RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
+# The first step always writes its masked weights in a pass of its own, and most often no other does.
+_MISSES_TO_COMPILE = 3
 _FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which the water level can follow from step to step
 
 # Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it.
@@ -87,8 +93,6 @@ class ImpactSGD(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if fused:
-            raise RuntimeError("ImpactSGD has no fused implementation; use foreach=True or leave both out")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -111,12 +115,22 @@ class ImpactSGD(Optimizer):
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,
+            "fused": fused,
         }
         _check_options(defaults)
         module = params if isinstance(params, nn.Module) else None
         self._masking = Masking(self)
         self._new_levels: list[tuple[int, Tensor, float]] = []
+        self._prepared: dict[Tensor, Prepared] = {}
+        self._rows: dict[Tensor, Rows] = {}
         super().__init__(params if module is None else module.parameters(), defaults)  # type: ignore[arg-type]
+        if fused:
+            types = {p.device.type for p in self._index()}
+            if all(compiler_works(device_type) for device_type in types):
+                self._step_supports_amp_scaling = True
+            else:
+                for options in (self.defaults, *self.param_groups):
+                    options["fused"] = None
         if module is not None:
             self.attach(module)
 
@@ -129,6 +143,8 @@ class ImpactSGD(Optimizer):
             self._masking = Masking(self)
         self._masking.end_step()
         self._new_levels = []
+        self._prepared = {}
+        self._rows = {}
 
     # ---------------------------------------------------------------- groups
 
@@ -242,7 +258,8 @@ class ImpactSGD(Optimizer):
                     "per_rank_masks needs attach(): in a masked() scope the ranks would average the gradient of "
                     f"{self._name(param)} before it is masked"
                 )
-        with self._masking.substitute({param: factor.value for param, factor in factors.items()}):
+        changes = {param: partial(_show_masked, factor=factor) for param, factor in factors.items()}
+        with self._masking.substitute(changes):
             self._masking.seen.update(factors)
             yield
 
@@ -256,7 +273,7 @@ class ImpactSGD(Optimizer):
         Raises:
             RuntimeError: nested.
         """
-        factors: dict[Tensor, Tensor] = {}
+        changes: dict[Tensor, Callable[[Tensor], Tensor]] = {}
         index = self._index()
         with torch.no_grad():
             for group in self.param_groups:
@@ -266,8 +283,8 @@ class ImpactSGD(Optimizer):
                         keep = budget.keep_probability(k)
                         if group["rescale"] == "inverse":  # 1, but where the enlargement is capped
                             keep = (keep / _smallest_divisor(group)).clamp_(max=1.0)
-                        factors[p] = keep.to(p.dtype)
-        with self._masking.substitute(factors):
+                        changes[p] = partial(_scale, factor=keep.to(p.dtype))
+        with self._masking.substitute(changes):
             yield
 
     @torch.no_grad()
@@ -287,6 +304,11 @@ class ImpactSGD(Optimizer):
                     # Only the step itself changes the state: a save in between resumes with the same masks.
                     level = cast(Tensor, budget.log_level) + budget.normalizer
                     self._new_levels.append((_simplex_id(members, index), level, budget.target))
+                if group["fused"]:
+                    for k, p in enumerate(members):
+                        if p not in factors:
+                            factors[p] = Factor(None, True, self._masked_weights(k, budget, group, index))
+                    continue
                 exact = []
                 if group["sampling"] == "exact":
                     u = [uniform(p.numel(), tensor=index[p], device=p.device, **place) for p in members]
@@ -302,6 +324,43 @@ class ImpactSGD(Optimizer):
                         kept = draw if exact else is_kept(draw, keep)
                         out.copy_(kept / keep.clamp_min(_smallest_divisor(group)))
                     factors[p] = Factor(unflatten(value, p), dense_grad=not group["per_rank_masks"])
+
+    def _masked_weights(self, k: int, budget: Budget, group: dict[str, Any], index: dict[Tensor, int]) -> Tensor:
+        """The masked weights of a parameter: those that the last fused step has left, or new ones."""
+        p = budget.members[k]
+        log_w = None if budget.log_w is None else budget.log_w[k]
+        stamp = _stamp(p, log_w, budget, group, group["step"])
+        left = self._prepared.get(p)
+        if left is not None and left.stamp == stamp and not budget.is_new:
+            return left.weights
+        _check_dense(p, self._name(p))
+        if left is not None and left.weights.shape == p.shape and left.weights.dtype == p.dtype:
+            weights = left.weights
+        else:
+            weights = torch.empty_like(p, requires_grad=False)
+        divisor = _smallest_divisor(group)
+        numbers = Numbers(
+            next_level=0.0 if budget.log_level is None else budget.log_level,
+            next_keep_offset=budget.offset,
+            next_keep_slope=budget.slope,
+            next_smallest_divisor=divisor,
+        ).pack(torch.promote_types(p.dtype, torch.float32), p.device)
+        keys = _keys([p], index, group, group["step"])[0]
+        misses = 0 if left is None else left.misses + 1
+        if misses < _MISSES_TO_COMPILE:
+            flat_log_w = None if log_w is None else flatten(log_w, p)
+            mask_blocks(flatten(p.detach(), p), flat_log_w, flatten(weights, p), keys, numbers)
+        else:
+            self._rows_of(p).run(mask_pass, Plan(), numbers, keys, x=p.detach(), log_w=log_w, masked=weights)
+            increment_version(weights)
+        self._prepared[p] = Prepared(weights, budget, divisor, stamp, misses)
+        return weights
+
+    def _rows_of(self, param: Tensor) -> Rows:
+        rows = self._rows.get(param)
+        if rows is None or not rows.fit(param):
+            rows = self._rows[param] = Rows(param)
+        return rows
 
     def _budget(self, members: list[Tensor], group: dict[str, Any], index: dict[Tensor, int]) -> Budget:
         """How the keep probabilities of a simplex follow from its importances. Changes nothing."""
@@ -395,15 +454,42 @@ class ImpactSGD(Optimizer):
             direction = "momentum_buffer" if group["momentum"] != 0 else "direction"
             directions = [self.state.get(p, {}).get(direction) for p in params]
             seen = [self._masking.seen.get(p) for p in params]
+            if group["fused"]:
+                self._lay_out(params)
+                directions = [self.state.get(p, {}).get(direction) for p in params]
             simplexes = self._load_simplexes(group, params)
-            impact_sgd(
-                params,
-                [p.grad for p in params],
-                directions,
-                [factor.value if factor is not None and factor.dense_grad else None for factor in seen],
-                simplexes,
-                **{name: group[name] for name in _STEP_OPTIONS},
-            )
+            options = {name: group[name] for name in _STEP_OPTIONS}
+            if group["fused"]:
+                masks = [None if factor is None else self._prepared[p] for p, factor in zip(params, seen, strict=True)]
+                drawn = _fused_impactsgd(
+                    params,
+                    [p.grad for p in params],
+                    directions,
+                    masks,
+                    simplexes,
+                    rows=[self._rows_of(p) for p in params],
+                    next_masks=partial(_next_masks, group=group, index=self._index()),
+                    grad_scale=getattr(self, "grad_scale", None),
+                    found_inf=getattr(self, "found_inf", None),
+                    **options,
+                )
+                for i, (budget, log_w) in drawn.items():
+                    stamp = _stamp(params[i], log_w, budget, group, group["step"] + 1)
+                    mask = cast(Prepared, masks[i])
+                    self._prepared[params[i]] = mask._replace(
+                        budget=budget, smallest_divisor=_smallest_divisor(group), stamp=stamp
+                    )
+            else:
+                impact_sgd(
+                    params,
+                    [p.grad for p in params],
+                    directions,
+                    [factor.value if factor is not None and factor.dense_grad else None for factor in seen],
+                    simplexes,
+                    foreach=group["foreach"],
+                    differentiable=group["differentiable"],
+                    **options,
+                )
             for p, d in zip(params, directions, strict=True):
                 if d is not None:
                     self.state[p][direction] = d
@@ -439,6 +525,14 @@ class ImpactSGD(Optimizer):
         self._masking.end_step()
         return loss
 
+    def _lay_out(self, params: list[Tensor]) -> None:
+        """Gives the state of each parameter its layout in memory: one that was loaded may have another."""
+        for p in params:
+            state = self.state.get(p, {})
+            for name in ("momentum_buffer", "direction", "log_importance"):
+                if name in state and state[name].stride() != p.stride():
+                    state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
+
     def _check_gradients(self) -> None:
         unseen = []
         for group in self.param_groups:
@@ -450,6 +544,8 @@ class ImpactSGD(Optimizer):
                         f"ImpactSGD does not support sparse gradients: that of {self._name(p)} is sparse. Build the "
                         "embedding with sparse=False, or give it to torch.optim.SGD or SparseAdam"
                     )
+                if group["fused"] and not p.is_contiguous():
+                    _check_dense(p, self._name(p))
                 is_masked = group["drop_rate"] > 0 and p.dim() >= 2 and p.numel() > 0 and p.requires_grad
                 if is_masked and p not in self._masking.seen:
                     unseen.append(p)
@@ -482,11 +578,11 @@ class ImpactSGD(Optimizer):
             if not any(p in position for p in members):
                 continue
             self._join(members, index)
-            for simplex_id, level, target in self._new_levels:
+            for simplex_id, level, solved_for in self._new_levels:
                 if simplex_id == _simplex_id(members, index):
                     error = torch.zeros_like(level)
                     for p in members:
-                        self.state[p].update(water_level=level, water_error=error, water_target=target)
+                        self.state[p].update(water_level=level, water_error=error, water_target=solved_for)
             state = self.state[members[0]]
             positions = [position.get(p) for p in members]
             simplex = Simplex(
@@ -733,7 +829,8 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         foreach (bool, optional): whether the foreach implementation is used; by default on CUDA (default: None)
         maximize (bool, optional): maximizes the objective (default: False)
         differentiable (bool, optional): whether autograd occurs through the step in training (default: False)
-        fused (bool, optional): not implemented; taken so that the line can be swapped with SGD's (default: None)
+        fused (bool, optional): whether the step is one compiled pass over memory; needs :func:`torch.compile` and
+            some seconds at the first step, which pays for large models (default: None)
 
     State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, float32, 4 bytes a weight, and
     scalars of its simplex (``"hypergradient"`` and ``"lookahead"`` keep the last direction where momentum is 0). While
@@ -747,6 +844,17 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         ...     loss_fn(model(input), target).backward()
         ...     optimizer.step()
     """
+
+
+class Prepared(NamedTuple):
+    """Masked weights that a fused pass has written, and what they were made of."""
+
+    weights: Tensor
+    budget: Budget
+    smallest_divisor: float
+    stamp: tuple[Any, ...]
+    misses: int
+    """How many times the weights that a step had left could not be used."""
 
 
 class Budget(NamedTuple):
@@ -770,6 +878,19 @@ class Budget(NamedTuple):
     @property
     def target(self) -> float:
         return fill_target(self.drop_rate, self.keep_floor, self.drop)
+
+    @property
+    def offset(self) -> float:
+        """π = offset + slope · min(1, c·w)."""
+        if self.log_level is None:
+            return 1.0 - self.drop_rate
+        return self.keep_floor if self.drop == "unimportant" else 1.0
+
+    @property
+    def slope(self) -> float:
+        if self.log_level is None:
+            return 0.0
+        return (1.0 if self.drop == "unimportant" else -1.0) * (1.0 - self.keep_floor)
 
     def keep(self, k: int) -> Iterator[Tensor]:
         """π of member k, block by block in the order of its memory."""
@@ -818,8 +939,8 @@ class Simplex:
     def __post_init__(self) -> None:
         # No signal is used before its scale is known: the first one only sets it.
         known = self.signal_scale > torch.finfo(torch.float32).tiny
-        self._inverse_scale = torch.where(known, self.signal_scale.reciprocal(), 0.0)
-        self._log_level: Tensor | None = None  # of the next masks, relative to the log-importances after the step
+        self.inverse_scale = torch.where(known, self.signal_scale.reciprocal(), 0.0)
+        self.next_level: Tensor | None = None  # of the next masks, relative to the log-importances after the step
         self._absolute: list[Tensor] = []
         self._raised: list[Tensor] = []
         self._filled: list[Tensor] = []
@@ -829,6 +950,11 @@ class Simplex:
     @property
     def has_moved(self) -> bool:
         return bool(self._descended)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the water level of the next masks is known before the step."""
+        return self.next_level is not None
 
     def weights(self, k: int) -> Tensor:
         """w of member k."""
@@ -842,10 +968,10 @@ class Simplex:
         """
         if h is not None and self.water_level is not None and self.water_error is not None:
             old = sample(self.log_importances, SAMPLE, self.members) - self.log_normalizer
-            u = _finite(h).mul_(self._inverse_scale).clamp_(-_CLIP, _CLIP)
+            u = _finite(h).mul_(self.inverse_scale).clamp_(-CLIP, CLIP)
             new = mirror_step(old, u, importance_lr, kl_weight)
             # The bound keeps the sums of a step inside float32.
-            self._log_level = next_water_level(old, new, self.water_level, self.water_error).clamp_(-25.0, 25.0)
+            self.next_level = next_water_level(old, new, self.water_level, self.water_error).clamp_(-25.0, 25.0)
 
     @torch.no_grad()
     def descend(self, k: int, h: Tensor | None, log_w: Tensor, importance_lr: float, kl_weight: float) -> None:
@@ -876,16 +1002,26 @@ class Simplex:
                 self._sum_up(t)
             self._descended.update(ready)
 
+    def account(self, k: int, sums: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Takes note of a mirror step of member k that a fused pass has made, by the sums of its rows."""
+        for absolute, raised, filled in sums:
+            self._absolute.append(absolute)
+            self._raised.append(raised)
+            if self.next_level is not None:
+                self._filled.append(filled)
+        self._counted += self.members[k].numel()
+        self._descended.add(k)
+
     def _unitless(self, h: Tensor) -> Tensor:
         h = _finite(h)
         self._absolute.append(h.abs().sum())
         self._counted += h.numel()
-        return h.mul_(self._inverse_scale.to(h.device)).clamp_(-_CLIP, _CLIP)
+        return h.mul_(self.inverse_scale.to(h.device)).clamp_(-CLIP, CLIP)
 
     def _sum_up(self, log_w: Tensor) -> None:
-        w = log_w.exp() if self._log_level is None else (log_w + self._log_level.to(log_w.device)).exp_()
+        w = log_w.exp() if self.next_level is None else (log_w + self.next_level.to(log_w.device)).exp_()
         self._raised.append(w.sum())
-        if self._log_level is not None:
+        if self.next_level is not None:
             self._filled.append(w.clamp_(max=1.0).sum())
 
     @torch.no_grad()
@@ -901,22 +1037,22 @@ class Simplex:
         device, scale = self.signal_scale.device, self.signal_scale
         # The importances of a tensor without a signal stay as they are; those of the others keep their total.
         normalizer = (total(self._raised).to(device) / n_moved).log()
-        if self._log_level is not None:
-            normalizer = normalizer - self._log_level.to(device)
+        if self.next_level is not None:
+            normalizer = normalizer - self.next_level.to(device)
         if idle:
             total_idle = n_idle * (log_mean_exp(idle).to(device) - self.log_normalizer).exp()
             normalizer = normalizer - ((n - total_idle).clamp_min(torch.finfo(torch.float32).tiny) / n_moved).log()
             for log_w in idle:
                 log_w.add_((normalizer - self.log_normalizer).to(log_w.device))
         self.log_normalizer = normalizer
-        if self._log_level is None:
+        if self.next_level is None:
             self.water_target = 0.0  # no level is known any more
         else:
-            self.water_level = self._log_level.to(device) + normalizer
+            self.water_level = self.next_level.to(device) + normalizer
             self.water_error = total(self._filled).to(device) / n - self.water_target
         mean = total(self._absolute).to(device) / self._counted
         mean = mean.nan_to_num_(0.0, 0.0, 0.0)  # the sum of finite signals may still overflow
-        self.signal_scale = torch.where(scale > 0, scale.lerp(mean.minimum(_CLIP * scale), 1 - _SCALE_DECAY), mean)
+        self.signal_scale = torch.where(scale > 0, scale.lerp(mean.minimum(CLIP * scale), 1 - _SCALE_DECAY), mean)
 
 
 _STEP_OPTIONS = (
@@ -930,8 +1066,6 @@ _STEP_OPTIONS = (
     "kl_weight",
     "scale_steps",
     "maximize",
-    "foreach",
-    "differentiable",
 )
 
 
@@ -1003,7 +1137,7 @@ def _look_ahead(
     directions: list[Tensor | None],
     importance: str,
     lr: float | Tensor,
-    maximize: bool,
+    grad_factor: float | Tensor,
     importance_lr: float,
     kl_weight: float,
 ) -> None:
@@ -1015,7 +1149,7 @@ def _look_ahead(
         x, grad = (sample([ts[i] for i in at], SAMPLE, simplex.members) for ts in (params, grads))
         found: list[Tensor] = [d for i in at if (d := directions[i]) is not None]
         direction = sample(found, SAMPLE, simplex.members) if len(found) == len(at) else None
-        h = _signal(importance, x, -grad if maximize else grad, direction, lr)
+        h = _signal(importance, x, grad * grad_factor, direction, lr)
         simplex.look_ahead(h, importance_lr, kl_weight)
 
 
@@ -1052,7 +1186,9 @@ def _single_tensor_impactsgd(
 ) -> None:
     place = {i: (simplex, k) for simplex in simplexes for k, i in enumerate(simplex.positions) if i is not None}
     if importance != "lookahead":
-        _look_ahead(simplexes, params, grads, directions, importance, lr, maximize, importance_lr, kl_weight)
+        _look_ahead(
+            simplexes, params, grads, directions, importance, lr, -1.0 if maximize else 1.0, importance_lr, kl_weight
+        )
     for i, param in enumerate(params):
         simplex, k = place.get(i, (None, 0))
         keeps_direction = momentum != 0 or (simplex is not None and importance in _NEEDS_DIRECTION)
@@ -1124,7 +1260,9 @@ def _multi_tensor_impactsgd(
         return
     place = {i: (simplex, k) for simplex in simplexes for k, i in enumerate(simplex.positions) if i is not None}
     if importance != "lookahead":
-        _look_ahead(simplexes, params, grads, directions, importance, lr, maximize, importance_lr, kl_weight)
+        _look_ahead(
+            simplexes, params, grads, directions, importance, lr, -1.0 if maximize else 1.0, importance_lr, kl_weight
+        )
     signals: dict[int, Tensor | None] = {}
 
     grouped = Optimizer._group_tensors_by_device_and_dtype([params, grads], with_indices=True)  # type: ignore[list-item]
@@ -1165,6 +1303,140 @@ def _multi_tensor_impactsgd(
         simplex.finish()
 
 
+def _fused_impactsgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    directions: list[Tensor | None],
+    masks: list[Prepared | None],
+    simplexes: list[Simplex],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    importance: str,
+    importance_lr: float,
+    kl_weight: float,
+    scale_steps: bool,
+    maximize: bool,
+    rows: list[Rows],
+    next_masks: Callable[[list[Tensor]], tuple[Budget, float, list[Tensor]]],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> dict[int, tuple[Budget, Tensor | None]]:
+    """One pass over each parameter; returns whose next masks it has drawn, with what they were made of."""
+    place = {i: (simplex, k) for simplex in simplexes for k, i in enumerate(simplex.positions) if i is not None}
+    sign = -1.0 if maximize else 1.0
+    grad_factor = sign if grad_scale is None else sign / grad_scale.float()
+    _look_ahead(simplexes, params, grads, directions, importance, lr, grad_factor, importance_lr, kl_weight)
+
+    drawn: dict[int, tuple[Budget, Tensor | None]] = {}
+    # What has neither importances nor a mask takes torch's own fused step.
+    plain = [i for i in range(len(params)) if i not in place and masks[i] is None]
+    new = [i for i in plain if directions[i] is None]
+    for some in (new, [i for i in plain if i not in new]):
+        if some:
+            buffers = [directions[i] for i in some]
+            sgd(
+                [params[i] for i in some],
+                [grads[i] for i in some],
+                buffers,
+                fused=True,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                lr=lr,  # type: ignore[arg-type]
+                dampening=dampening,
+                nesterov=nesterov,
+                maximize=maximize,
+            )
+            for i, buffer in zip(some, buffers, strict=True):
+                directions[i] = buffer
+
+    shrink = 1.0 / (1.0 + importance_lr * kl_weight)
+    ours = [i for i in range(len(params)) if i not in plain]
+    draws = [i for i in ours if masks[i] is not None and (i not in place or place[i][0].follows)]
+    keys: dict[int, Tensor] = {}
+    if draws:
+        budget, divisor, all_keys = next_masks([params[i] for i in draws])
+        keys = dict(zip(draws, all_keys, strict=True))
+    next_budgets: dict[int, Budget] = {}
+    packed: dict[Any, Tensor] = {}
+    written: list[Tensor] = []
+    for i in ours:
+        param, mask = params[i], masks[i]
+        simplex, k = place.get(i, (None, 0))
+        keeps_direction = momentum != 0 or (simplex is not None and importance in _NEEDS_DIRECTION)
+        is_first = keeps_direction and directions[i] is None
+        if is_first:
+            directions[i] = torch.zeros_like(param, requires_grad=False)
+        log_w = None if simplex is None else simplex.log_importances[k]
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        key = (id(simplex), is_first, None if mask is None else id(mask.budget), i in keys, dtype, param.device)
+        if key not in packed:
+            packed[key] = Numbers(
+                lr=lr,
+                momentum=momentum,
+                decay=0.0 if is_first else momentum,
+                gradient_share=1.0 if is_first else 1.0 - dampening,
+                weight_decay=weight_decay,
+                grad_factor=grad_factor,
+                inverse_scale=0.0 if simplex is None else simplex.inverse_scale,
+                log_normalizer=0.0 if simplex is None else simplex.log_normalizer,
+                shrink=shrink,
+                importance_step=importance_lr * shrink,
+                minus_level=0.0 if mask is None or mask.budget.log_level is None else -mask.budget.log_level,
+                keep_offset=1.0 if mask is None else mask.budget.offset,
+                keep_slope=0.0 if mask is None else mask.budget.slope,
+                next_level=0.0 if simplex is None or simplex.next_level is None else simplex.next_level,
+                next_keep_offset=budget.offset if i in keys else 1.0,
+                next_keep_slope=budget.slope if i in keys else 0.0,
+                smallest_divisor=1.0 if mask is None else mask.smallest_divisor,
+                next_smallest_divisor=divisor if i in keys else 1.0,
+                found_inf=0.0 if found_inf is None else found_inf,
+            ).pack(dtype, param.device)
+        plan = Plan(
+            signal=None if simplex is None else SIGNALS[importance],
+            momentum=momentum != 0,
+            nesterov=nesterov,
+            keeps_direction=keeps_direction,
+            is_masked=mask is not None,
+            draws=i in keys,
+            scale_steps=scale_steps and simplex is not None,
+            guarded=found_inf is not None,
+        )
+        weights = None if mask is None else mask.weights
+        grad = grads[i] if grads[i].stride() == param.stride() else torch.empty_like(param).copy_(grads[i])
+        sums = rows[i].run(
+            step_pass,
+            plan,
+            packed[key],
+            keys.get(i),
+            grad=grad.detach(),
+            x=param.detach(),
+            direction=directions[i],
+            log_w=log_w,
+            masked=weights,
+        )
+        written += [t for t in (param, directions[i], log_w, weights) if t is not None]
+        if simplex is not None and plan.signal is not None:
+            simplex.account(k, sums)
+        if i in keys:
+            if id(simplex) not in next_budgets:
+                level = None if simplex is None else simplex.next_level
+                next_budgets[id(simplex)] = budget._replace(log_level=level)
+            drawn[i] = (next_budgets[id(simplex)], log_w)
+    increment_version(written)
+    for simplex in simplexes:
+        scale = simplex.signal_scale
+        simplex.finish()
+        if found_inf is not None:
+            simplex.signal_scale = torch.where(found_inf.to(scale.device) > 0, scale, simplex.signal_scale)
+    return drawn
+
+
 def _foreach_times(tensors: list[Tensor], factors: list[Tensor | None]) -> list[Tensor]:
     """Each tensor times its factor, where it has one."""
     both = zip(tensors, factors, strict=True)
@@ -1182,6 +1454,60 @@ def _buffer(directions: list[Tensor | None], i: int, grad: Tensor) -> Tensor:
     if buf is None:
         buf = directions[i] = grad.detach().clone()
     return buf
+
+
+def _show_masked(param: Tensor, factor: Factor) -> Tensor:
+    return param.mul_(factor.value) if factor.value is not None else param.copy_(cast(Tensor, factor.weights))
+
+
+def _scale(param: Tensor, factor: Tensor) -> Tensor:
+    return param.mul_(factor)
+
+
+def _stamp(param: Tensor, log_w: Tensor | None, budget: Budget, group: dict[str, Any], step: int) -> tuple[Any, ...]:
+    """What masked weights depend on: they are good for a forward pass as long as it has not changed."""
+    memory = [(t.data_ptr(), t._version) for t in (param, log_w) if t is not None]
+    options = (group["seed"], step, budget.drop_rate, budget.keep_floor, budget.drop, _smallest_divisor(group))
+    return (*memory, *options)
+
+
+def _keys(params: list[Tensor], index: dict[Tensor, int], group: dict[str, Any], step: int) -> list[Tensor]:
+    """The keys of the rows of each parameter, for its masks of a step."""
+    sizes = tuple(-(-p.numel() // ROW) for p in params)
+    row, tensor = _row_index(sizes, tuple(index[p] for p in params), params[0].device)
+    keys = row_keys(row, seed=group["seed"], step=step, tensor=tensor)
+    return list(keys.split(sizes))
+
+
+@lru_cache(maxsize=256)
+def _row_index(sizes: tuple[int, ...], tensors: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    row = torch.cat([torch.arange(size) for size in sizes])
+    tensor = torch.repeat_interleave(torch.tensor(tensors), torch.tensor(sizes))
+    return row.to(device), tensor.to(device)
+
+
+def _next_masks(
+    params: list[Tensor], *, group: dict[str, Any], index: dict[Tensor, int]
+) -> tuple[Budget, float, list[Tensor]]:
+    """What the masks of the next step are made of, but for the importances."""
+    budget = Budget(params, group["drop_rate"], group["keep_floor"], group["drop"])
+    if group["importance"] != "uniform":
+        budget = budget._replace(log_level=torch.zeros(()))
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for p in params:
+        by_device.setdefault(p.device, []).append(p)
+    keys = {
+        p: k for ps in by_device.values() for p, k in zip(ps, _keys(ps, index, group, group["step"] + 1), strict=True)
+    }
+    return budget, _smallest_divisor(group), [keys[p] for p in params]
+
+
+def _check_dense(param: Tensor, name: str) -> None:
+    if flat_views(param.detach()) is None:
+        raise RuntimeError(
+            f"fused=True needs parameters that fill their memory without gaps or overlaps, but {name} has shape "
+            f"{tuple(param.shape)} and strides {param.stride()}: make it .contiguous(), or leave fused out"
+        )
 
 
 def _simplex_id(members: list[Tensor], index: dict[Tensor, int]) -> int:
@@ -1258,6 +1584,16 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {options[name]!r}; choose from {list(choices)}")
     if type(options["step"]) is not int or options["step"] < 0:
         raise ValueError(f"Invalid step: {options['step']!r}; it counts the steps taken")
+    if options["fused"]:
+        for name, value in (
+            ("foreach", True),
+            ("differentiable", True),
+            ("per_rank_masks", True),
+            ("sampling", "exact"),
+            ("importance", "lookahead"),
+        ):
+            if options[name] == value:
+                raise RuntimeError(f"`fused` does not support {name}={value!r}; leave one of the two out")
     if options["foreach"] and options["differentiable"]:
         raise RuntimeError("`foreach` does not support `differentiable`; leave one of the two out")
     if type(options["seed"]) is not int or not 0 <= options["seed"] < 2**63:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,12 @@ from torch.utils.weak import TensorWeakRef
 class Factor(NamedTuple):
     """What the weights of one parameter are multiplied with until the next step."""
 
-    value: Tensor
+    value: Tensor | None
     """0 where a weight is dropped; shape and dtype of the parameter."""
     dense_grad: bool
     """Whether the gradient reaches the parameter dense, to be masked by the step, or already masked."""
+    weights: Tensor | None = None
+    """In place of ``value``: the masked weights, in a buffer that the next step overwrites."""
 
 
 class _Shadow(NamedTuple):
@@ -53,6 +55,9 @@ class MaskOwner(Protocol):
 
 def _mask(weight: Tensor, factor: Factor) -> Tensor:
     """The masked weights; their gradient reaches the weights as it is, or masked as well."""
+    if factor.weights is not None:
+        return cast(Tensor, _InPlaceOf.apply(weight, factor.weights))
+    assert factor.value is not None
     # The gradient of a clone is the identity, also for torch.func, and saves nothing: a part of the graph that is
     # run through twice, by activation checkpointing, finds all it needs.
     masked = weight.clone()
@@ -61,6 +66,24 @@ def _mask(weight: Tensor, factor: Factor) -> Tensor:
     if not factor.dense_grad:
         masked.register_hook(factor.value.mul)
     return masked
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """Another tensor in place of the weights, with the gradient going to the weights as it is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, masked: Tensor) -> Tensor:
+        return masked.view_as(masked)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class Masking:
@@ -224,16 +247,16 @@ class Masking:
     # -- scopes --
 
     @contextmanager
-    def substitute(self, factors: dict[Tensor, Tensor]) -> Generator[None, None, None]:
-        """Multiplies the parameters in place for the time of the scope."""
+    def substitute(self, weights: Mapping[Tensor, Callable[[Tensor], Tensor]]) -> Generator[None, None, None]:
+        """Changes the parameters in place for the time of the scope, each by a function of its own."""
         if self._dense is not None:
             raise RuntimeError("masked() and expected() cannot be nested: leave the outer scope first")
         torch.clear_autocast_cache()  # it holds casts of the weights that are about to change
         try:
             with torch.no_grad():
-                self._dense = [(param, param.detach().clone()) for param in factors]
-                for param, factor in factors.items():
-                    param.mul_(factor)
+                self._dense = [(param, param.detach().clone()) for param in weights]
+                for param, change in weights.items():
+                    change(param)
             yield
         finally:
             self.restore()

@@ -18,6 +18,8 @@ from .layout import blocks, sample
 # zero that no step could lift again: exp(-60) is 1e-26.
 LOG_BOUND = 60.0
 
+CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
+
 SAMPLE = 4096  # weights; larger simplexes are looked at through a sample of that size
 
 
@@ -183,10 +185,12 @@ def perplexity(log_w: Sequence[Tensor]) -> Tensor:
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of scalars on any devices, on the first one's."""
+    """The sum of all elements of tensors on any devices, float32, on the first one's."""
+    device = parts[0].device
     if len(parts) == 1:
-        return parts[0]
-    return torch.stack([part.to(parts[0].device, non_blocking=True) for part in parts]).sum()
+        return parts[0].sum(dtype=torch.float64).float()
+    flat = [part.to(device, non_blocking=True).reshape(-1) for part in parts]
+    return torch.cat(flat).sum(dtype=torch.float64).float()
 
 
 def _numel(tensors: Sequence[Tensor]) -> int:
