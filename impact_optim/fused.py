@@ -30,7 +30,6 @@ from .sampling import ROW, row_bits
 from .simplex import CLIP, LOG_BOUND
 
 
-
 class Plan(NamedTuple):
     """What a pass does; each plan is compiled once for full rows and once for what is left after them.
 
@@ -119,10 +118,14 @@ def _computed_once(t: Tensor) -> Tensor:
     return torch.ops._inductor_test.realize(t) if torch.compiler.is_compiling() else t
 
 
-def _masked_weights(value: Tensor, keep: Tensor, keys: Tensor, position: Tensor, c: Numbers) -> Tensor:
-    """The enlarged weights where the draw keeps them, ``dropped`` where it does not."""
+def _masked_weights(x: Tensor, filled: Tensor | None, keys: Tensor, position: Tensor, c: Numbers) -> Tensor:
+    """The weights over their keep probability where the draw keeps them, ``dropped`` where it does not."""
+    keep = c.next_keep_offset
+    if filled is not None:
+        keep = c.next_keep_offset + c.next_keep_slope * filled.to(x.dtype)
+    value = x / (torch.relu(keep - c.next_smallest_divisor) + c.next_smallest_divisor)
     value = value + c.zero  # a kept -0.0 becomes 0.0; it is no dropped weight
-    threshold = (keep * 2.0**31 - 2.0**30).to(torch.int32)  # as sampling.is_kept
+    threshold = (keep * 2.0**31 - 2.0**30).to(torch.int32)  # as sampling.is_dropped
     kept = ((row_bits(keys.unsqueeze(1), position) >> 1) - threshold) >> 31  # all ones or all zeros
     if value.dtype != torch.float32:
         return torch.where(kept != 0, value, c.dropped) * c.one
@@ -152,7 +155,7 @@ def step_pass(
         plan: what to do.
 
     Returns:
-        For each row the sums of abs(h), of exp(log w + level) and of min(1, exp(log w + level)), where there is a signal.
+        For each row the sums of abs(h), of exp(log w + level) and of min(1, exp(log w + level)), if there is a signal.
     """
     c = Numbers(*numbers.split(1, dim=1))
     if not plan.is_rest:
@@ -179,25 +182,13 @@ def step_pass(
             w = _exp2((new_log_w + c.next_level.float()) * _LOG2_E)
             filled = 1.0 - torch.relu(1.0 - w)  # min(1, w)
 
-    # What kept weights are divided by, in these masks and in the next ones.
-    divisor = next_divisor = keep = None
+    inverse = keep = None
     if plan.is_masked:
         keep = c.keep_offset
         if old_log_w is not None:
             shortage = torch.relu(c.minus_level.float() - old_log_w)
             keep = c.keep_offset + c.keep_slope * _exp2(shortage * -_LOG2_E).to(exact)
-        divisor = torch.relu(keep - c.smallest_divisor) + c.smallest_divisor
-    if plan.draws:
-        keep = c.next_keep_offset
-        if filled is not None:
-            keep = c.next_keep_offset + c.next_keep_slope * filled.to(exact)
-        next_divisor = torch.relu(keep - c.next_smallest_divisor) + c.next_smallest_divisor
-    inverse = next_inverse = None
-    if divisor is not None and next_divisor is not None:
-        both = 1.0 / (divisor * next_divisor)  # one division for two is a tenth of the time of a pass
-        inverse, next_inverse = both * next_divisor, both * divisor
-    elif divisor is not None:
-        inverse = 1.0 / divisor
+        inverse = 1.0 / (torch.relu(keep - c.smallest_divisor) + c.smallest_divisor)
 
     step = g
     if inverse is not None and masked is not None:
@@ -222,8 +213,8 @@ def step_pass(
     if h is not None and new_log_w is not None and w is not None and filled is not None:
         absolute = h.abs() + new_log_w * c.zero.float()  # reads what the others read: three sums, one loop
         sums = absolute.sum(1), w.sum(1), filled.sum(1)
-    if next_inverse is not None and keep is not None and masked is not None and keys is not None:
-        masked.copy_(_masked_weights(stored * next_inverse, keep, keys, position, c))
+    if plan.draws and masked is not None and keys is not None:
+        masked.copy_(_masked_weights(stored, filled, keys, position, c))
     x.copy_(stored * c.one)
     if direction is not None and new_d is not None:
         direction.copy_(new_d * c.one)
@@ -248,13 +239,11 @@ def mask_pass(
     c = Numbers(*numbers.split(1, dim=1))
     if not plan.is_rest:
         assert x.shape[1] == ROW
-    exact = torch.promote_types(x.dtype, torch.float32)
-    keep = c.next_keep_offset
+    filled = None
     if log_w is not None:
         filled = 1.0 - torch.relu(1.0 - _exp2((log_w + c.next_level.float()) * _LOG2_E))
-        keep = c.next_keep_offset + c.next_keep_slope * filled.to(exact)
-    divisor = torch.relu(keep - c.next_smallest_divisor) + c.next_smallest_divisor
-    masked.copy_(_masked_weights(x.to(exact) / divisor, keep, keys, position, c))
+    exact = torch.promote_types(x.dtype, torch.float32)
+    masked.copy_(_masked_weights(x.to(exact), filled, keys, position, c))
 
 
 @functools.cache
@@ -289,7 +278,9 @@ class Rows:
         exact, width = torch.promote_types(param.dtype, torch.float32), len(Numbers._fields)
         self._numbers = torch.empty(-(-n // ROW), width, dtype=exact, device=param.device)
         self._numbers_rows = [_bare(self._numbers, start // ROW * width, rows, width) for start, rows, _ in self._cuts]
-        self._positions = [_bare(_positions(param.device), 0, 1, columns) for *_, columns in self._cuts]
+        self._positions = [
+            _bare(_positions(param.device), 0, 1, columns, is_rest=rows == 1) for _, rows, columns in self._cuts
+        ]
         self._made: dict[str, tuple[int, list[Tensor]]] = {}
 
     def fit(self, param: Tensor) -> bool:
@@ -302,7 +293,7 @@ class Rows:
             return [None] * len(self._cuts)
         made = self._made.get(name)
         if made is None or made[0] != t.data_ptr():
-            self._made[name] = made = (t.data_ptr(), [_bare(t, *cut) for cut in self._cuts])
+            self._made[name] = made = (t.data_ptr(), [_bare(t, *cut, is_rest=cut[1] == 1) for cut in self._cuts])
         return made[1]
 
     def run(
@@ -331,7 +322,7 @@ class Rows:
         for i, (start, rows, columns) in enumerate(self._cuts):
             arguments: dict[str, Tensor | None] = {name: made[i] for name, made in kept.items()}
             if grad is not None:
-                arguments["grad"] = _bare(grad, start, rows, columns)
+                arguments["grad"] = _bare(grad, start, rows, columns, is_rest=rows == 1)
             arguments["keys"] = None if keys is None else _bare(keys, start // ROW * 3, rows, 3)
             plan = plan._replace(is_rest=rows == 1)
             # A row of one element has a shape of its own, too, and nothing to be fast at.
@@ -340,13 +331,16 @@ class Rows:
         return results
 
 
-def _bare(t: Tensor, start: int, rows: int, columns: int) -> Tensor:
+def _bare(t: Tensor, start: int, rows: int, columns: int, is_rest: bool = False) -> Tensor:
     """Rows of a tensor that are no view: the compiler would look at what it is a view of, and compile for its shape.
 
     Writing to them does not count as a change of ``t``; see ``torch.autograd.graph.increment_version``.
     """
     bare = torch.empty(0, dtype=t.dtype, device=t.device)
-    return bare.set_(t.untyped_storage(), t.storage_offset() + start, (rows, columns), (columns, 1))
+    bare.set_(t.untyped_storage(), t.storage_offset() + start, (rows, columns), (columns, 1))
+    if not is_rest:
+        torch._dynamo.mark_static(bare, 1)  # or else as many rows as columns would be a case of their own
+    return bare
 
 
 @functools.cache
@@ -374,17 +368,27 @@ def mask_blocks(x: Tensor, log_w: Tensor | None, masked: Tensor, keys: Tensor, n
                 )
 
 
-@functools.cache
-def compiler_works(device_type: str) -> bool:
-    """Whether ``torch.compile`` works for a kind of device; warns once where it does not."""
-    try:
-        probe = torch.compile(lambda t: t + 1.0, dynamic=True, fullgraph=True)  # what no step can do without
-        return bool(probe(torch.zeros(3, device=device_type)).numel() == 3)
-    except Exception as error:  # a compiler has many ways not to be there
+_warned: set[str] = set()
+
+
+def compiler_works(device_type: str, warn: bool = False) -> bool:
+    """Whether ``torch.compile`` works for a kind of device; says once where it does not, if that is to be said."""
+    problem = _problem(device_type)
+    if problem and warn and device_type not in _warned:
+        _warned.add(device_type)
         warnings.warn(
-            f"fused=True needs torch.compile, which does not work here for {device_type} ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}); ImpactSGD takes the implementation "
-            "that fused=None would have taken",
+            f"fused=True needs torch.compile, which does not work here for {device_type} ({problem}); ImpactSGD takes "
+            "the for-loop or foreach instead",
             stacklevel=4,
         )
-        return False
+    return problem is None
+
+
+@functools.cache
+def _problem(device_type: str) -> str | None:
+    try:
+        probe = torch.compile(lambda t: t + 1.0, dynamic=True, fullgraph=True)  # what no step can do without
+        probe(torch.zeros(3, device=device_type))
+    except Exception as error:  # a compiler has many ways not to be there
+        return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+    return None

@@ -22,8 +22,8 @@ from torch.optim.sgd import sgd
 from .fused import Numbers, Plan, Rows, compiler_works, mask_blocks, mask_pass, step_pass
 from .layout import blocks, flat_views, flatten, sample, unflatten
 from .masking import Factor, Masking
-from .sampling import ROW, bit_blocks, is_kept, pareto_sample, row_keys, uniform
-from .signals import SIGNALS
+from .sampling import ROW, bit_blocks, is_dropped, pareto_sample, row_keys, uniform
+from .signals import SIGNALS, reads
 from .simplex import (
     CLIP,
     LOG_BOUND,
@@ -42,8 +42,7 @@ __all__ = ["ImpactSGD", "TensorSummary", "impact_sgd"]
 
 _SCALE_DECAY = 0.9  # of the running mean of |h|
 _RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
-# The first step always writes its masked weights in a pass of its own, and most often no other does.
-_MISSES_TO_COMPILE = 3
+_PAYS_TO_COMPILE = 1_000_000  # weights on simplexes: a step saves 10 ms then, and compiling takes seconds
 _FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which the water level can follow from step to step
 
 # Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it.
@@ -125,12 +124,12 @@ class ImpactSGD(Optimizer):
         self._rows: dict[Tensor, Rows] = {}
         super().__init__(params if module is None else module.parameters(), defaults)  # type: ignore[arg-type]
         if fused:
-            types = {p.device.type for p in self._index()}
-            if all(compiler_works(device_type) for device_type in types):
+            device_types = {p.device.type for p in self._index()}
+            if all(compiler_works(device_type, warn=True) for device_type in device_types):
                 self._step_supports_amp_scaling = True
             else:
                 for options in (self.defaults, *self.param_groups):
-                    options["fused"] = None
+                    options["fused"] = False
         if module is not None:
             self.attach(module)
 
@@ -304,7 +303,7 @@ class ImpactSGD(Optimizer):
                     # Only the step itself changes the state: a save in between resumes with the same masks.
                     level = cast(Tensor, budget.log_level) + budget.normalizer
                     self._new_levels.append((_simplex_id(members, index), level, budget.target))
-                if group["fused"]:
+                if self._is_fused(group):
                     for k, p in enumerate(members):
                         if p not in factors:
                             factors[p] = Factor(None, True, self._masked_weights(k, budget, group, index))
@@ -321,8 +320,8 @@ class ImpactSGD(Optimizer):
                     for (out,), keep, draw in zip(
                         blocks(value), budget.keep(k), exact[k] if exact else draws, strict=False
                     ):
-                        kept = draw if exact else is_kept(draw, keep)
-                        out.copy_(kept / keep.clamp_min(_smallest_divisor(group)))
+                        dropped = ~draw if exact else is_dropped(draw, keep)
+                        out.copy_(keep.clamp_min(_smallest_divisor(group)).reciprocal_()).masked_fill_(dropped, 0.0)
                     factors[p] = Factor(unflatten(value, p), dense_grad=not group["per_rank_masks"])
 
     def _masked_weights(self, k: int, budget: Budget, group: dict[str, Any], index: dict[Tensor, int]) -> Tensor:
@@ -346,15 +345,29 @@ class ImpactSGD(Optimizer):
             next_smallest_divisor=divisor,
         ).pack(torch.promote_types(p.dtype, torch.float32), p.device)
         keys = _keys([p], index, group, group["step"])[0]
-        misses = 0 if left is None else left.misses + 1
-        if misses < _MISSES_TO_COMPILE:
+        if group["step"] == 0:  # every run comes here, and most never again: not worth a compilation
             flat_log_w = None if log_w is None else flatten(log_w, p)
             mask_blocks(flatten(p.detach(), p), flat_log_w, flatten(weights, p), keys, numbers)
         else:
             self._rows_of(p).run(mask_pass, Plan(), numbers, keys, x=p.detach(), log_w=log_w, masked=weights)
             increment_version(weights)
-        self._prepared[p] = Prepared(weights, budget, divisor, stamp, misses)
+        self._prepared[p] = Prepared(weights, budget, divisor, stamp)
         return weights
+
+    @staticmethod
+    def _is_fused(group: dict[str, Any]) -> bool:
+        """Whether a group takes the compiled pass: as it says, or where that pays and works."""
+        if group["fused"] is not None:
+            return bool(group["fused"])
+        if group["foreach"] is not None or any(group[name] == value for name, value in _NOT_FUSED.items()):
+            return False
+        members = [p for p in group["params"] if p.dim() >= 2 and p.requires_grad]
+        return (
+            sum(p.numel() for p in members) >= _PAYS_TO_COMPILE
+            and not (group["importance"] == "uniform" and group["drop_rate"] == 0)
+            and all(flat_views(p.detach()) is not None for p in members)
+            and all(compiler_works(device_type) for device_type in {p.device.type for p in members})
+        )
 
     def _rows_of(self, param: Tensor) -> Rows:
         rows = self._rows.get(param)
@@ -454,12 +467,13 @@ class ImpactSGD(Optimizer):
             direction = "momentum_buffer" if group["momentum"] != 0 else "direction"
             directions = [self.state.get(p, {}).get(direction) for p in params]
             seen = [self._masking.seen.get(p) for p in params]
-            if group["fused"]:
+            is_fused = self._is_fused(group)
+            if is_fused:
                 self._lay_out(params)
                 directions = [self.state.get(p, {}).get(direction) for p in params]
             simplexes = self._load_simplexes(group, params)
             options = {name: group[name] for name in _STEP_OPTIONS}
-            if group["fused"]:
+            if is_fused:
                 masks = [None if factor is None else self._prepared[p] for p, factor in zip(params, seen, strict=True)]
                 drawn = _fused_impactsgd(
                     params,
@@ -505,10 +519,10 @@ class ImpactSGD(Optimizer):
             self._masking.restore()
             for group, params, directions, simplexes in judged:
                 for simplex in simplexes:
-                    for k, i in enumerate(simplex.positions):
-                        if i is not None and (grad := params[i].grad) is not None:
+                    for k, at in enumerate(simplex.positions):
+                        if at is not None and (grad := params[at].grad) is not None:
                             grad = -grad if group["maximize"] else grad
-                            h = _signal(group["importance"], params[i], grad, directions[i], _to_scalar(group["lr"]))
+                            h = _signal(group["importance"], params[at], grad, directions[at], _to_scalar(group["lr"]))
                             simplex.descend(
                                 k, h, simplex.log_importances[k], group["importance_lr"], group["kl_weight"]
                             )
@@ -829,8 +843,9 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         foreach (bool, optional): whether the foreach implementation is used; by default on CUDA (default: None)
         maximize (bool, optional): maximizes the objective (default: False)
         differentiable (bool, optional): whether autograd occurs through the step in training (default: False)
-        fused (bool, optional): whether the step is one compiled pass over memory; needs :func:`torch.compile` and
-            some seconds at the first step, which pays for large models (default: None)
+        fused (bool, optional): whether the step is one compiled pass over memory. It needs :func:`torch.compile` and
+            some seconds at the first step. By default it is where that pays and can be had: a group of a million
+            weights and more, with options that it supports, neither ``foreach`` nor ``fused`` given (default: None)
 
     State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, float32, 4 bytes a weight, and
     scalars of its simplex (``"hypergradient"`` and ``"lookahead"`` keep the last direction where momentum is 0). While
@@ -853,8 +868,6 @@ class Prepared(NamedTuple):
     budget: Budget
     smallest_divisor: float
     stamp: tuple[Any, ...]
-    misses: int
-    """How many times the weights that a step had left could not be used."""
 
 
 class Budget(NamedTuple):
@@ -900,7 +913,7 @@ class Budget(NamedTuple):
         else:
             for (log_w,) in blocks(flatten(self.log_w[k], p)):
                 yield keep_probability(
-                    cast(Tensor, log_w),
+                    log_w,
                     self.log_level.to(p.device),
                     drop_rate=self.drop_rate,
                     keep_floor=self.keep_floor,
@@ -1014,7 +1027,7 @@ class Simplex:
 
     def _unitless(self, h: Tensor) -> Tensor:
         h = _finite(h)
-        self._absolute.append(h.abs().sum())
+        self._absolute.append(torch.linalg.vector_norm(h, 1, dtype=torch.float32))
         self._counted += h.numel()
         return h.mul_(self.inverse_scale.to(h.device)).clamp_(-CLIP, CLIP)
 
@@ -1055,6 +1068,13 @@ class Simplex:
         self.signal_scale = torch.where(scale > 0, scale.lerp(mean.minimum(CLIP * scale), 1 - _SCALE_DECAY), mean)
 
 
+_NOT_FUSED = {
+    "foreach": True,
+    "differentiable": True,
+    "per_rank_masks": True,
+    "sampling": "exact",
+    "importance": "lookahead",
+}
 _STEP_OPTIONS = (
     "lr",
     "momentum",
@@ -1146,11 +1166,15 @@ def _look_ahead(
         if not simplex.water_target:
             continue
         at = [cast(int, i) for i in simplex.positions]
-        x, grad = (sample([ts[i] for i in at], SAMPLE, simplex.members) for ts in (params, grads))
         found: list[Tensor] = [d for i in at if (d := directions[i]) is not None]
-        direction = sample(found, SAMPLE, simplex.members) if len(found) == len(at) else None
-        h = _signal(importance, x, grad * grad_factor, direction, lr)
-        simplex.look_ahead(h, importance_lr, kl_weight)
+        reads_weight, reads_grad, reads_direction = reads(importance)
+        unread = torch.zeros(())
+        x = sample([params[i] for i in at], SAMPLE, simplex.members) if reads_weight else unread
+        grad = sample([grads[i] for i in at], SAMPLE, simplex.members) * grad_factor if reads_grad else unread
+        direction = None
+        if reads_direction and len(found) == len(at):
+            direction = sample(found, SAMPLE, simplex.members)
+        simplex.look_ahead(_signal(importance, x, grad, direction, lr), importance_lr, kl_weight)
 
 
 def _can_follow(simplex: Simplex, group: dict[str, Any]) -> bool:
@@ -1347,7 +1371,7 @@ def _fused_impactsgd(
                 found_inf=found_inf,
                 weight_decay=weight_decay,
                 momentum=momentum,
-                lr=lr,  # type: ignore[arg-type]
+                lr=lr,
                 dampening=dampening,
                 nesterov=nesterov,
                 maximize=maximize,
@@ -1585,13 +1609,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if type(options["step"]) is not int or options["step"] < 0:
         raise ValueError(f"Invalid step: {options['step']!r}; it counts the steps taken")
     if options["fused"]:
-        for name, value in (
-            ("foreach", True),
-            ("differentiable", True),
-            ("per_rank_masks", True),
-            ("sampling", "exact"),
-            ("importance", "lookahead"),
-        ):
+        for name, value in _NOT_FUSED.items():
             if options[name] == value:
                 raise RuntimeError(f"`fused` does not support {name}={value!r}; leave one of the two out")
     if options["foreach"] and options["differentiable"]:

@@ -79,8 +79,12 @@ def sample(tensors: Sequence[Tensor], size: int, like: Sequence[Tensor] | None =
     device, n = tensors[0].device, sum(t.numel() for t in tensors)
     parts = []
     for t, p in zip(tensors, tensors if like is None else like, strict=True):
-        part = flatten(t.detach(), p)
-        if n > size:
-            part = part[_places(part.numel(), -(-size * part.numel() // n), part.device)]
-        parts.append(part.to(device, torch.float32))
-    return torch.cat(parts)
+        count = -(-size * t.numel() // n) if n > size else t.numel()
+        if count == t.numel():
+            part = flatten(t.detach(), p)
+        elif t.is_contiguous() and p.is_contiguous():
+            part = torch.take(t.detach(), _places(t.numel(), count, t.device))
+        else:
+            part = flatten(t.detach(), p)[_places(t.numel(), count, t.device)]
+        parts.append(part)
+    return torch.cat([part.to(device, torch.float32) for part in parts])

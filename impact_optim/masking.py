@@ -55,31 +55,32 @@ class MaskOwner(Protocol):
 
 def _mask(weight: Tensor, factor: Factor) -> Tensor:
     """The masked weights; their gradient reaches the weights as it is, or masked as well."""
-    if factor.weights is not None:
-        return cast(Tensor, _InPlaceOf.apply(weight, factor.weights))
-    assert factor.value is not None
-    # The gradient of a clone is the identity, also for torch.func, and saves nothing: a part of the graph that is
-    # run through twice, by activation checkpointing, finds all it needs.
+    if factor.dense_grad and not torch._C._are_functorch_transforms_active():
+        weights = factor.weights
+        if factor.value is not None:
+            weights = weight.detach() * factor.value
+        return cast(Tensor, _InPlaceOf.apply(weight, weights))
+    # The gradient of a clone is the identity, also for torch.func.
     masked = weight.clone()
     with torch.no_grad():
-        masked.mul_(factor.value)
-    if not factor.dense_grad:
+        if factor.weights is not None:
+            masked.copy_(factor.weights)
+        if factor.value is not None:
+            masked.mul_(factor.value)
+    if factor.value is not None and not factor.dense_grad:
         masked.register_hook(factor.value.mul)
     return masked
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """Another tensor in place of the weights, with the gradient going to the weights as it is."""
+    """Another tensor in place of the weights, with the gradient going to the weights as it is.
 
-    generate_vmap_rule = True
+    It saves nothing: a part of the graph that is run through twice, by activation checkpointing, finds all it needs.
+    """
 
     @staticmethod
-    def forward(weight: Tensor, masked: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, masked: Tensor) -> Tensor:
         return masked.view_as(masked)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

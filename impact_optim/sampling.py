@@ -73,16 +73,21 @@ def row_bits(keys: Tensor, position: Tensor) -> Tensor:
     Source: C. Wellons, Prospecting for hash functions, 2018; Even & Mansour, J. Cryptology 1997, for the keys.
     """
     k0, k1, k2 = keys.unbind(-1)
-    # A right shift of int32 copies the sign; the mask makes it the logical shift that the hash is made of.
+    # A right shift of int32 copies the sign; the mask makes it the logical shift that the hash is made of. In place,
+    # since outside a compiler each temporary costs as much as the arithmetic.
     h = position ^ k0
-    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
-    h = h ^ k1
-    return (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32) ^ k2
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    h *= 0x7FEB352D
+    h ^= k1
+    h ^= (h >> 15).bitwise_and_(0x1FFFF)
+    h *= 0x846CA68B - 2**32
+    h ^= k2
+    return h
 
 
-def is_kept(bits: Tensor, keep: Tensor) -> Tensor:
-    """Whether 31 of the random bits, as a number in [0, 1), are below the keep probability; exact at 0 and 1."""
-    return (bits >> 1) < (keep * 2.0**31 - 2.0**30).to(torch.int32)
+def is_dropped(bits: Tensor, keep: Tensor) -> Tensor:
+    """Whether 31 of the random bits, as a number in [0, 1), are not below the keep probability; exact at 0 and 1."""
+    return (bits >> 1) >= keep.mul(2.0**31).sub_(2.0**30).to(torch.int32)
 
 
 def bit_blocks(

@@ -61,3 +61,15 @@ SIGNALS: dict[str, Signal] = {
     "magnitude": magnitude,
 }
 """Signals by name. ``"uniform"`` is not among them: it has no signal and keeps no importances."""
+
+_READS: dict[Signal, tuple[bool, bool, bool]] = {
+    hypergradient: (False, True, True),
+    saliency: (True, True, False),
+    fisher: (False, True, False),
+    magnitude: (True, False, False),
+}
+
+
+def reads(name: str) -> tuple[bool, bool, bool]:
+    """Whether a signal reads the weight, the gradient and the direction. One of your own may read them all."""
+    return _READS.get(SIGNALS[name], (True, True, True))

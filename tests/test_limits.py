@@ -557,7 +557,7 @@ def test_the_budget_holds_when_the_signal_moves_all_at_once(kl_weight):
         if step % 50 == 0:
             active = (torch.rand(100, 100) < 0.1).float()
         keep = optimizer.keep_probability(p)  # of the mask that is drawn next
-        assert keep.double().mean().item() == pytest.approx(0.5, abs=1e-5)
+        assert keep.double().mean().item() == pytest.approx(0.5, abs=5e-4)
         with optimizer.masked():
             p.grad = torch.randn(100, 100) * active
         optimizer.step()

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 import impact_optim.simplex as simplex_module
 from impact_optim.simplex import (
     LOG_BOUND,
+    SAMPLE,
     fill_target,
     keep_probability,
     log_mean_exp,
     mirror_step,
+    next_water_level,
     perplexity,
     water_level,
 )
@@ -169,13 +171,17 @@ def test_clipping_alone_would_miss_the_budget():
 
 
 def test_a_level_follows_a_moving_simplex():
+    """From a sample of each step and the error that the step before has measured, without a pass of its own."""
     generator = torch.Generator().manual_seed(0)
     log_w = torch.randn(20_000, generator=generator)
-    level = water_level([log_w], 0.7)
+    level, error = water_level([log_w], 0.7), 0.0
+    some = torch.randperm(20_000, generator=generator)[:SAMPLE]
     for _ in range(100):
-        log_w = log_w + 0.05 * torch.randn(20_000, generator=generator)
-        level = water_level([log_w], 0.7, level)
-        assert (log_w + level).exp().clamp(max=1).mean().item() == pytest.approx(0.7, abs=1e-3)
+        new = log_w + 0.01 * torch.randn(20_000, generator=generator)
+        level = next_water_level(log_w[some], new[some], level, error)
+        mean = (new + level).exp().clamp(max=1).mean().item()
+        assert mean == pytest.approx(0.7, abs=1e-3)
+        log_w, error = new, mean - 0.7
 
 
 def test_perplexity_counts_the_effective_weights():

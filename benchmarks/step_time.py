@@ -1,0 +1,440 @@
+"""What a step of ImpactSGD costs, next to torch.optim.SGD(fused=True) and to what the memory allows.
+
+    python benchmarks/step_time.py                    # everything: about ten minutes on two cores
+    python benchmarks/step_time.py --quick            # small cases only, under two minutes
+    python benchmarks/step_time.py --only 'ResNet-18: .*fused' --device cuda
+
+Every row is a candidate against fused SGD on weights of its own, with fixed gradients. The two take turns, and the
+ratio is that of neighbours, so that a machine whose speed drifts does not show; "SGD fused" against itself shows the
+noise. Where there are masks, the forward pass of a module that holds the weights and only reads them is timed with the
+step: it makes the masked weights. The backward pass through `F.dropout` is not timed, to the parametrization's favour;
+rows "training" time a whole step, forward and backward pass included.
+
+The limit of a row is the time in which the machine moves as many bytes as the step has to read and write at least, at
+the speed of `copy_` or of `add_` with large tensors, whichever is faster: a copy also fetches, uncounted, what it is
+going to overwrite. What fits into the cache can be faster, and small cases are timed from there, both sides alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from tqdm import tqdm
+
+from impact_optim import ImpactSGD
+from impact_optim.experiments.models import build_model
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
+TURN = 1e-3  # seconds: quicker steps are timed several at a time
+WARM_UP = 8  # steps; slow ones that do not compile get three
+MIN_PAIRS, MAX_PAIRS = 5, 200  # three are enough where five take ten times what a row is given
+Step = Callable[[], None]
+
+
+# ------------------------------------------------------------------------------ candidates
+
+
+class Unavailable(Exception):
+    """A candidate cannot run here."""
+
+
+class Candidate(NamedTuple):
+    """An optimizer of a module, and what it has to read and write for every weight."""
+
+    build: Callable[[nn.Module], torch.optim.Optimizer]
+    values: int
+    """In the dtype of the weights: 5 are x, gradient and momentum read, x and momentum written."""
+    more_values: int = 0
+    """The same, for tensors of two or more dimensions alone: masked weights."""
+    importances: int = 0
+    """In float32, for tensors of two or more dimensions alone."""
+    reads_weights: bool = False
+
+    def bytes_moved(self, params: list[Tensor]) -> int:
+        def of_one(p: Tensor) -> int:
+            values = self.values + (self.more_values if p.dim() >= 2 else 0)
+            return p.numel() * (values * p.element_size() + (4 * self.importances if p.dim() >= 2 else 0))
+
+        return sum(map(of_one, params))
+
+
+class WeightDropout(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.dropout(weight, 0.1, self.training)
+
+
+def sgd(module: nn.Module, **how: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), **OPTIONS, **how)
+
+
+def adamw(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=5e-4, fused=True)
+
+
+def schedule_free(module: nn.Module) -> torch.optim.Optimizer:
+    try:
+        import schedulefree
+    except ImportError:
+        raise Unavailable("not installed: pip install schedulefree") from None
+    optimizer = schedulefree.SGDScheduleFree(module.parameters(), **OPTIONS)
+    optimizer.train()
+    return optimizer
+
+
+def parametrization(module: nn.Module) -> torch.optim.Optimizer:
+    for part in list(module.modules()):
+        for name, p in list(part.named_parameters(recurse=False)):
+            if p.dim() >= 2:
+                register_parametrization(part, name, WeightDropout())
+    return sgd(module, fused=True)
+
+
+def ours(how: dict[str, bool], **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    def build(module: nn.Module) -> torch.optim.Optimizer:
+        optimizer = ImpactSGD(module, **OPTIONS, **how, **options)
+        if how.get("fused") and not optimizer.defaults["fused"]:
+            raise Unavailable("torch.compile does not work here")
+        return optimizer
+
+    return build
+
+
+CANDIDATES = {
+    "SGD fused": Candidate(lambda module: sgd(module, fused=True), values=5),
+    "SGD for-loop": Candidate(lambda module: sgd(module, foreach=False, fused=False), values=5),
+    "SGD foreach": Candidate(lambda module: sgd(module, foreach=True), values=5),
+    "AdamW fused": Candidate(adamw, values=7),
+    "schedule-free": Candidate(schedule_free, values=5),
+    "dropout parametrization": Candidate(parametrization, values=5, more_values=2, reads_weights=True),
+}
+for how, flags in {
+    "for-loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True, "fused": False},
+    "fused": {"fused": True},
+    "default": {},
+}.items():
+    # Read x, gradient, momentum, log-importance and masked weights; write all of them but the gradient.
+    masks = ours(flags, drop_rate=0.1)
+    CANDIDATES[f"ours {how}, masks"] = Candidate(masks, 5, more_values=2, importances=2, reads_weights=True)
+    CANDIDATES[f"ours {how}, scaled steps"] = Candidate(ours(flags, drop_rate=0, scale_steps=True), 5, importances=2)
+    CANDIDATES[f"ours {how}, no masks"] = Candidate(ours(flags, drop_rate=0), 5, importances=2)
+PEER = CANDIDATES["SGD fused"]
+TRAINED = ("SGD fused", "dropout parametrization", "ours default, masks", "ours fused, masks")
+FEW = (*TRAINED, "ours fused, scaled steps", "ours fused, no masks")
+FUSED = tuple(name for name in CANDIDATES if re.match("SGD|.*fused", name))
+MOST = tuple(name for name in CANDIDATES if name in FUSED or not re.search("scaled|no masks", name))
+PLOTTED = ["SGD fused", "AdamW fused", "schedule-free", "dropout parametrization", "ours default, masks"]
+PLOTTED += ["ours fused, masks", "ours fused, scaled steps"]
+
+
+# ----------------------------------------------------------------------------------- cases
+
+
+class Weights(nn.Module):
+    """Parameters with gradients, and a forward pass that only reads them."""
+
+    def __init__(self, shapes: list[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        for i, shape in enumerate(shapes):
+            self.register_parameter(f"weight{i}", nn.Parameter(torch.randn(shape, dtype=dtype, device=device) * 0.05))
+        self.names = [name for name, _ in self.named_parameters()]
+
+    def forward(self) -> None:
+        for name in self.names:
+            getattr(self, name)
+
+
+class Case(NamedTuple):
+    """Tensors to step, or with a batch a whole training step of ResNet-18 in its CIFAR form."""
+
+    shapes: list[torch.Size]
+    candidates: tuple[str, ...] = tuple(CANDIDATES)
+    dtype: torch.dtype = torch.float32
+    batch: int = 0
+    width: int = 64
+
+    def step(self, candidate: Candidate, device: torch.device) -> tuple[Step, list[Tensor]]:
+        """Something to time, and the parameters."""
+        torch.manual_seed(0)
+        if self.batch:
+            model = build_model("resnet18", (3, 32, 32), 10, self.width)
+            model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            x = torch.randn(self.batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+            y = torch.randint(10, (self.batch,), device=device)
+            optimizer = candidate.build(model)
+
+            def train() -> None:
+                optimizer.zero_grad()
+                with torch.autocast(device.type, torch.bfloat16):
+                    loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+
+            return train, list(model.parameters())
+
+        weights = Weights(self.shapes, self.dtype, device)
+        optimizer = candidate.build(weights)
+        for p in weights.parameters():
+            p.grad = torch.randn_like(p) * 0.01
+
+        def read_and_step() -> None:
+            weights()
+            optimizer.step()
+
+        return read_and_step if candidate.reads_weights else optimizer.step, list(weights.parameters())
+
+
+def tensors(numel: float, count: int = 1) -> list[torch.Size]:
+    return [torch.Size((int(numel) // 100, 100))] * count
+
+
+def shapes_of(build: Callable[[], nn.Module]) -> list[torch.Size]:
+    with torch.device("meta"):
+        return [p.shape for p in build().parameters()]
+
+
+def vit_s() -> nn.Module:
+    return torchvision.models.VisionTransformer(224, 16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
+
+
+def all_cases(quick: bool) -> dict[str, Case]:
+    resnet18 = shapes_of(lambda: torchvision.models.resnet18(num_classes=10))
+    if quick:
+        cases = {f"{n} weights": Case(tensors(float(n))) for n in ("1e4", "1e6")}
+        cases["1e6 weights, bfloat16"] = Case(tensors(1e6), FEW, dtype=torch.bfloat16)
+        cases["ResNet-18"] = Case(resnet18, FEW)
+        cases["training ResNet-18/16"] = Case([], TRAINED, batch=16, width=16)
+        return cases
+    cases = {f"{n} weights": Case(tensors(float(n))) for n in ("1e4", "1e5", "1e6", "1.1e7")}
+    cases["1e8 weights"] = Case(tensors(1e8), FUSED)
+    cases["1.1e7 weights, bfloat16"] = Case(tensors(1.1e7), dtype=torch.bfloat16)
+    cases["ResNet-18"] = Case(resnet18)
+    cases["ResNet-50"] = Case(shapes_of(torchvision.models.resnet50), MOST)
+    cases["ViT-S"] = Case(shapes_of(vit_s), MOST)
+    cases["training ResNet-18"] = Case([], TRAINED, batch=64)
+    return cases
+
+
+# ---------------------------------------------------------------------------------- timing
+
+
+def seconds_of(step: Step, device: torch.device, repeats: int = 1, warm: bool = False) -> float:
+    if warm:
+        step()  # into the cache, as far as it fits: the other one was here before
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def take_turns(steps: list[Step], device: torch.device, budget: float) -> tuple[list[tuple[float, ...]], list[float]]:
+    """The seconds of every step, round by round, and those of their warm-ups."""
+    repeats, warm_ups = [], []
+    for step in steps:
+        times = [seconds_of(step, device) for _ in range(3)]
+        while len(times) < WARM_UP and (times[-1] < 0.2 or times[-1] < max(times) / 3):
+            times.append(seconds_of(step, device))
+        warm_ups.append(sum(times))
+        repeats.append((max(1, round(TURN / min(times))), min(times) < 20 * TURN))
+    rounds: list[tuple[float, ...]] = []
+    start = time.perf_counter()
+    while len(rounds) < MAX_PAIRS:
+        elapsed = time.perf_counter() - start
+        if elapsed > (budget if len(rounds) >= MIN_PAIRS else 10 * budget) and len(rounds) >= 3:
+            break
+        rounds.append(tuple(seconds_of(step, device, *k) for step, k in zip(steps, repeats, strict=True)))
+    return rounds, warm_ups
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    tenths = quantiles(values, n=10, method="inclusive")
+    return {"median": median(values), "p10": tenths[0], "p90": tenths[-1]}
+
+
+def compare(case: Case, name: str, device: torch.device, budget: float) -> dict[str, Any]:
+    candidate = CANDIDATES[name]
+    peer, _ = case.step(PEER, device)
+    step, params = case.step(candidate, device)
+    rounds, warm_ups = take_turns([peer, step], device, budget)
+    weights = sum(p.numel() for p in params)
+    row: dict[str, Any] = {"weights": weights, "tensors": len(params), "dtype": str(case.dtype).split(".")[-1]}
+    row |= {"sgd_ms": 1e3 * median(a for a, _ in rounds), "ms": 1e3 * median(b for _, b in rounds)}
+    row |= {"ratio": spread([b / a for a, b in rounds]), "pairs": len(rounds), "warm_up_s": warm_ups[1]}
+    if not case.batch:
+        row["bytes"], row["sgd_bytes"] = candidate.bytes_moved(params), PEER.bytes_moved(params)
+    return row
+
+
+def overhead(name: str, device: torch.device, budget: float, numel: float, count: int) -> dict[str, Any]:
+    """What a step takes longer for each further tensor among which as many weights are divided, and SGD's."""
+    forms = [Case(tensors(numel * count)), Case(tensors(numel, count))]
+    steps = [form.step(candidate, device)[0] for candidate in (PEER, CANDIDATES[name]) for form in forms]
+    rounds, _ = take_turns(steps, device, budget)
+    sgd_us = [1e6 * (many - one) / (count - 1) for one, many, _, _ in rounds]
+    us = [1e6 * (many - one) / (count - 1) for _, _, one, many in rounds]
+    row: dict[str, Any] = {"weights": int(numel * count), "tensors": count, "dtype": "float32", "pairs": len(rounds)}
+    row |= {"sgd_ms": median(sgd_us) / 1e3, "ms": median(us) / 1e3}
+    row["more_us_per_tensor"] = spread([b - a for a, b in zip(sgd_us, us, strict=True)])
+    return row
+
+
+def memory_speed(source: Tensor, target: Tensor, device: torch.device) -> dict[str, float]:
+    """GB/s, read and written, of a copy and of a sum in place."""
+    size = source.numel() * source.element_size() / 1e9
+    copy = [seconds_of(lambda: target.copy_(source), device) for _ in range(10)]
+    add = [seconds_of(lambda: target.add_(source), device) for _ in range(10)]
+    return {"copy": 2 * size / median(copy), "add": 3 * size / median(add)}
+
+
+# ---------------------------------------------------------------------------------- report
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    packages = ["torch", "torchvision", "impact-optim", "schedulefree"]
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {
+        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
+        "cpu": names[0] if names else platform.processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": {"python": platform.python_version()} | {p: installed[p] for p in packages if p in installed},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| case | candidate | SGD fused ms | ms | ratio | 10–90 % | bytes per weight | limit ms | of the limit |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        if "note" in row:
+            cells = [row["note"]] + [""] * 6
+        elif "more_us_per_tensor" in row:
+            more = row["more_us_per_tensor"]
+            cells = [f"{row['sgd_ms']:.4f}", f"{row['ms']:.4f}", f"{more['median']:+.1f} µs"]
+            cells += [f"{more['p10']:+.1f} to {more['p90']:+.1f}", "", "", ""]
+        else:
+            ratio = row["ratio"]
+            cells = [f"{row['sgd_ms']:.3g}", f"{row['ms']:.3g}", f"**{ratio['median']:.2f}**"]
+            cells.append(f"{ratio['p10']:.2f}–{ratio['p90']:.2f}")
+            limit = row.get("limit_ms")
+            cells += (
+                [f"{row['bytes'] / row['weights']:.3g}", f"{limit:.3g}", f"{row['ms'] / limit:.2f}×"]
+                if limit
+                else [""] * 3
+            )
+        lines.append(f"| {row['case']} | {row['candidate']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Milliseconds of a step against its limit; the sizes of one tensor are joined, lists of parameters are hollow."""
+    rows = [row for row in rows if row.get("limit_ms") and row["dtype"] == "float32"]
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    for color, name in zip(plt.cm.tab10.colors, PLOTTED, strict=False):  # type: ignore[attr-defined]
+        single = sorted((r["limit_ms"], r["ms"]) for r in rows if r["candidate"] == name and r["tensors"] == 1)
+        several = [(r["limit_ms"], r["ms"]) for r in rows if r["candidate"] == name and r["tensors"] > 1]
+        axes.plot(*zip(*single, strict=True), "o-", color=color, label=name) if single else None
+        label = None if single else name
+        axes.plot(*zip(*several, strict=True), "D", color=color, mfc="none", label=label) if several else None
+    if limits := [row["limit_ms"] for row in rows]:
+        ends = [min(limits), max(limits)]
+        axes.plot(ends, ends, "k--", label="limit: bytes at the speed of memory")
+    axes.set(xscale="log", yscale="log", xlabel="limit, ms", ylabel="step, ms", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few and small cases")
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose 'case: candidate' it is found in")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/step_time.json"), help="the plot goes next to it, as PNG"
+    )
+    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--seconds", type=float, help="of each row, after its warm-up")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    budget = args.seconds or (0.3 if args.quick else 1.2)
+    count = 20 if args.quick else 100
+    cases = all_cases(args.quick)
+    divided = f"each further tensor, {count} of 1e4"
+    work = [(case, name) for case in cases for name in cases[case].candidates]
+    work += [(divided, f"ours {name}") for name in ("default, masks", "fused, masks", "fused, no masks")]
+    work = [(case, name) for case, name in work if re.search(args.only, f"{case}: {name}")]
+
+    if not work:
+        parser.error(f"no row has {args.only!r} in its name")
+
+    results: dict[str, Any] = machine(args.device) | {"gb_per_s": {}, "rows": []}
+    print(f"{results['cpu']}, {results['device']}, {results['threads']} threads, {results['versions']}\n")
+    source, target = (torch.ones(20_000_000 if args.quick else 50_000_000, device=args.device) for _ in range(2))
+    try:
+        for case, name in (bar := tqdm(work, unit="row", dynamic_ncols=True)):
+            bar.set_description(f"{case}: {name}")
+            if case not in results["gb_per_s"]:
+                results["gb_per_s"][case] = memory_speed(source, target, args.device)
+            row = {"case": case, "candidate": name}
+            try:
+                if case == divided:
+                    row |= overhead(name, args.device, budget, 1e4, count)
+                else:
+                    row |= compare(cases[case], name, args.device, budget if cases[case].shapes else 5 * budget)
+            except Unavailable as error:
+                row["note"] = str(error)
+            results["rows"].append(row)
+            gc.collect()
+    finally:  # what is measured is kept when the rest is interrupted
+        speeds = results["gb_per_s"].values()
+        fastest = {way: max(speed[way] for speed in speeds) for way in ("copy", "add")} if speeds else {}
+        for row in results["rows"]:
+            if "bytes" in row:
+                row["limit_ms"] = row["bytes"] / max(fastest.values()) / 1e6
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    print(table(results["rows"]))
+    print(f"\nCopies move {fastest['copy']:.1f} GB/s, sums in place {fastest['add']:.1f}.", end=" ")
+    if measured := [row for row in results["rows"] if "bytes" in row]:
+        row = max(measured, key=lambda row: row["weights"])
+        print(f"SGD fused moves {row['sgd_bytes'] / row['sgd_ms'] / 1e6:.1f} GB/s in {row['case']}.")
+    noise = [row["ratio"] for row in results["rows"] if row["candidate"] == "SGD fused" and "ratio" in row]
+    if any(ratio["p90"] > 1.25 * ratio["p10"] for ratio in noise):
+        print("SGD against itself spreads by more than a quarter: something else kept the machine busy.")
+    plot(results["rows"], f"{results['cpu']}, {results['threads']} thread(s)", args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
