@@ -850,7 +850,8 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
     State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, float32, 4 bytes a weight, and
     scalars of its simplex (``"hypergradient"`` and ``"lookahead"`` keep the last direction where momentum is 0). While
     a step is under way, masks take the size of the parameters, and the masked weights the same again until the
-    backward pass has used them.
+    backward pass has used them. The fused step keeps one buffer of masked weights, the size of the parameters, and
+    allocates nothing else of that size.
 
     Example:
         >>> optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, weight_decay=5e-4, drop_rate=0.1)

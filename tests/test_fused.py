@@ -1,6 +1,7 @@
 """The compiled step: the same trajectory as the for-loop's, in one pass, compiled once."""
 
 import copy
+import functools
 import itertools
 import warnings
 
@@ -168,6 +169,30 @@ def test_no_transient_of_the_size_of_a_parameter():
     for _ in range(2):
         step()
     assert 0 < step() < 400 * ROW * 4 / 8
+
+
+class _NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where the host would wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"simplex": "tensor"}, {"importance": "uniform"}], ids=str)
+def test_no_step_and_no_masked_pass_waits_for_a_device(options, monkeypatch):
+    # A compiled function does not run under a dispatch mode.
+    monkeypatch.setattr(fused, "compiled", lambda function, plan: functools.partial(function, plan=plan))
+    model = Stack()
+    optimizer = ImpactSGD(model, lr=0.01, momentum=0.9, weight_decay=1e-3, drop_rate=0.3, fused=True, **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        inputs = targets(step)
+        with _NoWaiting():
+            loss = model(inputs)
+        loss.backward()
+        with _NoWaiting():
+            optimizer.step()
 
 
 def test_state_and_masked_weights_are_all_the_memory_it_keeps():
