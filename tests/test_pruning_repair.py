@@ -180,7 +180,7 @@ def test_lbfgs_is_refused_once_it_has_a_history():
     repair(RECORDS, shrink(network()), optimizers=[])
     optimizer.step(closure)
     shrink(model)
-    with pytest.raises(TypeError, match="LBFGS keeps one flat history"):
+    with pytest.raises(TypeError, match=r"LBFGS keeps one flat history"):
         repair(RECORDS, model, optimizers=optimizer)
 
 
@@ -325,7 +325,7 @@ def test_a_square_parameter_makes_its_row_statistics_ambiguous():
     optimizer.state[model[0].weight]["row"] = row
     records = [PruneRecord("0.weight", 0, kept), PruneRecord("0.bias", 0, kept)]
     shrink(model, records)
-    with pytest.raises(ValueError, match="'row' of 0.weight in Custom .* does not tell"):
+    with pytest.raises(ValueError, match=r"'row' of 0.weight in Custom .* does not tell"):
         repair(records, model, optimizers=optimizer)
 
     # Cut alike in both dimensions, it does not matter which one it is.
@@ -349,15 +349,15 @@ def test_reduced_state_is_cut_along_the_dimensions_it_has():
 
 def test_what_belongs_to_another_model_is_refused():
     model, other = shrink(network()), network()
-    with pytest.raises(ValueError, match="SGD has no parameter of this Sequential"):
+    with pytest.raises(ValueError, match=r"SGD has no parameter of this Sequential"):
         repair(RECORDS, model, optimizers=torch.optim.SGD(other.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="ReLU has neither '0.weight' nor 'module.0.weight'"):
+    with pytest.raises(ValueError, match=r"ReLU has neither '0.weight' nor 'module.0.weight'"):
         repair(RECORDS, model, averaged=nn.ReLU())
     with pytest.raises(ValueError, match=r"0.weight has the shape \(4, 5\) in Sequential"):
         repair(RECORDS, model, averaged=copy.deepcopy(model))
-    with pytest.raises(ValueError, match="0.weight has 8 indices in dimension 0, but the records keep 4"):
+    with pytest.raises(ValueError, match=r"0.weight has 8 indices in dimension 0, but the records keep 4"):
         repair(RECORDS, other)
-    with pytest.raises(ValueError, match="'1.weight', which Sequential does not have"):
+    with pytest.raises(ValueError, match=r"'1.weight', which Sequential does not have"):
         repair([PruneRecord("1.weight", 0, KEPT)], model)
 
 

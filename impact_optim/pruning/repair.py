@@ -111,11 +111,15 @@ def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut])
     kind = type(optimizer).__name__
     params = {param for group in optimizer.param_groups for param in group["params"]}
     if params.isdisjoint(model.parameters()):
-        raise ValueError(f"{kind} has no parameter of this {type(model).__name__}: hand in the optimizer that trains it")
+        raise ValueError(
+            f"{kind} has no parameter of this {type(model).__name__}: hand in the optimizer that trains it"
+        )
     if isinstance(optimizer, LBFGS) and optimizer.state:
         raise TypeError("LBFGS keeps one flat history of all parameters, which cannot be cut: start a new one")
     # Whoever only asks for the state of a parameter leaves an empty one behind, at which Adam's __setstate__ stumbles.
-    state: dict[Tensor, Any] = defaultdict(dict, {param: entries for param, entries in optimizer.state.items() if entries})
+    state: dict[Tensor, Any] = defaultdict(
+        dict, {param: entries for param, entries in optimizer.state.items() if entries}
+    )
     for param, cut in cuts.items():
         if param in state:
             state[param] = _cut_entries(state[param], cut, kind)
@@ -145,7 +149,9 @@ def _cut_entries(entries: dict[str, Any], cut: _Cut, kind: str) -> dict[str, Any
                         f"{sizes[dim][1]!r}, {size} in {key!r}; one of them was cut before"
                     )
     known = {dim: size for dim, (size, _) in sizes.items()}
-    cut_tensors = {key: _cut_entry(value, cut, known, f"{key!r} of {cut.name} in {kind}") for key, value in tensors.items()}
+    cut_tensors = {
+        key: _cut_entry(value, cut, known, f"{key!r} of {cut.name} in {kind}") for key, value in tensors.items()
+    }
     return {**entries, **cut_tensors}
 
 
@@ -198,8 +204,8 @@ def _cut_copy(copy: nn.Module, cuts: dict[Tensor, _Cut]) -> list[tuple[Tensor, T
         cut = _Cut(name, shape, kept)
         if len(shape) != tensor.dim() or not all(_is_size(n, cut, dim, {}) for dim, n in enumerate(tensor.shape)):
             raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)} in {kind}, which the records cannot cut to {tuple(shape)}: "
-                "hand in a copy that was made before the cut"
+                f"{name} has the shape {tuple(tensor.shape)} in {kind}, which the records cannot cut to "
+                f"{tuple(shape)}: hand in a copy that was made before the cut"
             )
         new.append((tensor, select(tensor, kept), None if tensor.grad is None else select(tensor.grad, kept)))
     return new
