@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from .architecture import integer_attributes, set_integer_attributes
+
 if TYPE_CHECKING:
     from .surgery import PruneRecord
 
@@ -58,7 +60,8 @@ def repair(
     """
     cuts = _cuts(records, model)
     new_states = [(optimizer, _cut_state(optimizer, model, cuts)) for optimizer in _as_list(optimizers, Optimizer)]
-    new_tensors = [new for copy in _as_list(averaged, nn.Module) for new in _cut_copy(copy, cuts)]
+    copies = [_unwrapped(copy, model) for copy in _as_list(averaged, nn.Module)]
+    new_tensors = [new for copy in copies for new in _cut_copy(copy, cuts)]
     old_states = [(optimizer, optimizer.state) for optimizer, _ in new_states]
     try:
         for optimizer, state in new_states:
@@ -71,6 +74,8 @@ def repair(
         tensor.grad = None  # one of another shape would be refused
         tensor.data = data
         tensor.grad = grad
+    for copy in copies:
+        set_integer_attributes(copy, integer_attributes(model))
 
 
 def _as_list(one_or_several: T | Iterable[T], kind: type[T]) -> list[T]:
@@ -156,7 +161,7 @@ def _cut_entries(entries: dict[str, Any], cut: _Cut, kind: str) -> dict[str, Any
 
 
 def _cut_entry(value: Tensor, cut: _Cut, sizes: dict[int, int], what: str) -> Tensor:
-    fits = []
+    fits: list[dict[int, Tensor]] = []
     for dims in combinations(range(len(cut.shape)), value.dim()):
         kept = {i: cut.kept[dim] for i, dim in enumerate(dims) if dim in cut.kept and value.shape[i] != 1}
         if all(
@@ -192,22 +197,32 @@ def _replace_state(optimizer: Optimizer, state: dict[Tensor, Any]) -> None:
 # ------------------------------------------------------------------------------- copies
 
 
+def _unwrapped(copy: nn.Module, model: nn.Module) -> nn.Module:
+    """The module inside, where an averaged copy wraps it."""
+    inner = getattr(copy, "module", None)
+    copy = inner if isinstance(inner, nn.Module) and type(copy) is not type(model) else copy
+    if _tensors(copy).keys() != _tensors(model).keys():
+        raise ValueError(
+            f"{type(copy).__name__} has not the parameters and buffers of {type(model).__name__}: hand in a copy of "
+            "this model"
+        )
+    return copy
+
+
 def _cut_copy(copy: nn.Module, cuts: dict[Tensor, _Cut]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """The tensors of an averaged copy to be changed, with their new data and gradients."""
     tensors = _tensors(copy)
     new = []
-    for name, shape, kept in cuts.values():
-        tensor = tensors.get(name, tensors.get(f"module.{name}"))
-        kind = type(copy).__name__
-        if tensor is None:
-            raise ValueError(f"{kind} has neither {name!r} nor 'module.{name}': hand in a copy of this model")
-        cut = _Cut(name, shape, kept)
-        if len(shape) != tensor.dim() or not all(_is_size(n, cut, dim, {}) for dim, n in enumerate(tensor.shape)):
+    for cut in cuts.values():
+        tensor = tensors[cut.name]
+        sizes = tuple(tensor.shape)
+        if len(sizes) != len(cut.shape) or not all(_is_size(size, cut, dim, {}) for dim, size in enumerate(sizes)):
             raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)} in {kind}, which the records cannot cut to "
-                f"{tuple(shape)}: hand in a copy that was made before the cut"
+                f"{cut.name} has the shape {sizes} in {type(copy).__name__}, which the records cannot cut to "
+                f"{tuple(cut.shape)}: hand in a copy that was made before the cut"
             )
-        new.append((tensor, select(tensor, kept), None if tensor.grad is None else select(tensor.grad, kept)))
+        grad = None if tensor.grad is None else select(tensor.grad, cut.kept)
+        new.append((tensor, select(tensor, cut.kept), grad))
     return new
 
 
