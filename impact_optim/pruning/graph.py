@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, varied
+from .rehearsal import Inputs, Plan, as_inputs, culprit, export, first_names, forward, kept_indices
 
 
 class Axis(NamedTuple):
@@ -47,6 +51,7 @@ class UnitGroup:
     """Weights that read the units."""
     observations: list[Observation] = field(default_factory=list)
     """Consumers' inputs first, then producers' outputs."""
+    _first: int = 0  # number of the group's first unit in the numbering of the whole graph
 
     @property
     def size(self) -> int:
@@ -54,17 +59,346 @@ class UnitGroup:
         return len(self.original)
 
 
+class _Place(NamedTuple):
+    """A dimension seen by the whole graph: each index's unit in a numbering over all groups."""
+
+    units: Tensor
+    roles: frozenset[str] = frozenset()
+
+
 @dataclass
 class UnitGraph:
-    """The groups of a model, and what cannot be cut."""
+    """The groups of a model, and what cannot be cut. Prints as a table."""
 
     groups: dict[str, UnitGroup] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
     """What cannot be cut -> why."""
+    _inputs: Inputs = ((), {})
+    _training: tuple[bool, ...] = (False,)
+    _axes: dict[AxisKey, _Place] = field(default_factory=dict)
+    _sizes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _seen: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
+    _total: int = 0
+
+    def plan(self, units: Mapping[str, Sequence[int] | Tensor]) -> Plan:
+        """What removing units (group name -> positions in the group) changes.
+
+        Raises:
+            ValueError: a group is not known, a position is not in the group or given twice, or no unit would be left.
+        """
+        removed = torch.zeros(self._total + 1, dtype=torch.bool)
+        touched = set()
+        for name, positions in units.items():
+            group = self.groups.get(name)
+            if group is None:
+                why = f": {self.frozen[name]}" if name in self.frozen else ""
+                raise ValueError(f"{name!r} is not a group that can be cut{why}. The groups are {list(self.groups)}.")
+            chosen = torch.as_tensor(positions).detach().cpu()
+            if chosen.numel() == 0:
+                continue
+            if chosen.dim() != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
+                raise ValueError(f"{name!r}: positions must be a one-dimensional sequence of integers, not {positions!r}.")
+            if chosen.min() < 0 or chosen.max() >= group.size or len(chosen.unique()) != len(chosen):
+                raise ValueError(f"{name!r} has units 0 to {group.size - 1}; each can be removed once, not {chosen.tolist()}.")
+            if len(chosen) == group.size:
+                raise ValueError(f"{name!r}: one of its {group.size} units must stay.")
+            removed[group._first + group.original[chosen]] = True
+            touched.add(name)
+        plan = Plan()
+        for (name, dim), place in self._axes.items():
+            kept = kept_indices(place.units, removed)
+            if len(kept) < len(place.units):
+                plan.kept.setdefault(name, {})[dim] = kept
+        for key, labels in self._sizes.items():
+            kept = kept_indices(labels, removed)
+            if len(kept) < len(labels):
+                plan.sizes[key] = len(kept)
+        return plan
+
+    def forget(self, units: Mapping[str, Sequence[int] | Tensor]) -> None:
+        """Takes removed units out of the graph, once the model has been cut."""
+        removed = torch.zeros(self._total + 1, dtype=torch.bool)
+        for name, positions in units.items():
+            group = self.groups[name]
+            chosen = torch.as_tensor(positions, dtype=torch.int64).cpu()
+            removed[group._first + group.original[chosen]] = True
+        for group in self.groups.values():
+            group.original = group.original[~removed[group._first + group.original]]
+        for key, place in self._axes.items():
+            self._axes[key] = place._replace(units=place.units[kept_indices(place.units, removed)])
+        for table in (self._sizes, self._seen):
+            for place_key, labels in list(table.items()):  # type: ignore[attr-defined]
+                table[place_key] = labels[kept_indices(labels, removed)]  # type: ignore[index]
+        self._relist()
+
+    def freeze(self, names: Iterable[str], reason: str) -> None:
+        """Takes groups out of the graph: their units stay."""
+        for name in names:
+            group = self.groups.pop(name)
+            self.frozen[name] = reason
+            numbers = torch.arange(group._first, group._first + group.original_size)
+            for key, place in list(self._axes.items()):
+                self._axes[key] = place._replace(units=place.units.masked_fill(torch.isin(place.units, numbers), -1))
+            for table in (self._sizes, self._seen):
+                for place_key, labels in list(table.items()):  # type: ignore[attr-defined]
+                    table[place_key] = labels.masked_fill(torch.isin(labels, numbers), -1)  # type: ignore[index]
+        self._relist()
+
+    def _relist(self) -> None:
+        """Lists each group's axes and observations anew."""
+        position = torch.full((self._total + 1,), -1)
+        owner = torch.full((self._total + 1,), -1)
+        groups = list(self.groups.values())
+        for number, group in enumerate(groups):
+            units = group._first + group.original
+            position[units] = torch.arange(group.size)
+            owner[units] = number
+            group.producers, group.consumers, group.observations = [], [], []
+
+        def split(units: Tensor) -> Iterable[tuple[UnitGroup, Tensor]]:
+            known = units >= 0
+            whose = torch.where(known, owner[units.clamp(min=0)], -1)
+            for number in whose[whose >= 0].unique().tolist():
+                yield groups[number], torch.where(whose == number, position[units.clamp(min=0)], -1)
+
+        for (name, dim), place in self._axes.items():
+            for group, units in split(place.units):
+                if CONSUMER in place.roles:
+                    group.consumers.append(Axis(name, dim, units))
+                if CONSUMER not in place.roles or PRODUCER in place.roles:
+                    group.producers.append(Axis(name, dim, units))
+        for where in ("input", "output"):
+            for (module, side, dim), labels in self._seen.items():
+                if side == where:
+                    for group, units in split(labels):
+                        group.observations.append(Observation(module, side, dim, units))
+
+    def __str__(self) -> str:
+        rows = [("group", "units", "was", "cut in")]
+        for group in self.groups.values():
+            axes = [f"{axis.name}[{axis.dim}]" for axis in (*group.producers, *group.consumers)]
+            shown = ", ".join(axes[:4]) + (f" and {len(axes) - 4} more" if len(axes) > 4 else "")
+            rows.append((group.name, str(group.size), str(group.original_size), shown))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines + [f"not cut: {name}: {reason}" for name, reason in self.frozen.items()])
 
 
-def trace(
-    model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any], *, ignore: Iterable[nn.Module] = ()
-) -> UnitGraph:
-    """Finds the groups of coupled units of a model."""
-    raise NotImplementedError
+def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] = ()) -> UnitGraph:
+    """Finds the groups of coupled units of a model.
+
+    The model is exported in evaluation mode (its modes are restored; it is run on tensors without data, its own are
+    not touched), and labels of the units are carried through the program, see :mod:`.labels`. What has been found is
+    then rehearsed: the model with some units of every group removed is exported again and must treat what is left in
+    the same way. Groups whose code cannot follow, a view with fixed sizes for instance, are frozen, with the reason.
+
+    Args:
+        model: any module that ``torch.export`` can trace.
+        example_inputs: the arguments of a forward pass: a tuple, a mapping of keyword arguments, or one tensor.
+        ignore: modules whose parameters are never cut.
+
+    Raises:
+        RuntimeError: ``torch.export`` cannot trace the model.
+    """
+    inputs = as_inputs(example_inputs)
+    names = first_names(model)
+    atoms, axes = Atoms(), dict[AxisKey, Tensor]()
+    run = _propagate(model, inputs, Plan(), (False,), atoms, axes, names, None)
+    ignored = {name for module in ignore for name in _names_in(model, module)}
+    for (name, _), labels in axes.items():
+        if names[name] in {names[other] for other in ignored}:
+            atoms.freeze(labels, "its module is ignored")
+    run.settle()
+    graph = _build(model, run, atoms, axes)
+    graph._inputs = inputs
+    _rehearse_all(model, graph, run, names)
+    return graph
+
+
+def _names_in(model: nn.Module, part: nn.Module) -> list[str]:
+    inside = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [name for name, tensor in tensors if id(tensor) in inside]
+
+
+def _propagate(
+    model: nn.Module,
+    inputs: Inputs,
+    plan: Plan,
+    modes: Sequence[bool],
+    atoms: Atoms,
+    axes: dict[AxisKey, Tensor],
+    names: dict[str, str],
+    constants: list[tuple[str, Any]] | None,
+) -> Propagation:
+    run = Propagation(model, atoms, axes, names, constants)
+    for training in modes:
+        try:
+            program = export(model, inputs, plan, training)
+        except Exception as error:
+            if constants is not None:
+                raise
+            module, line = culprit(model, error)
+            where = f"in {module or 'the model itself'} ({line})" if line else "somewhere in it"
+            raise RuntimeError(
+                f"torch.export cannot trace the model: it stopped {where} with {type(error).__name__}: {error}. "
+                "Trace the part of the model without that module, or change that line."
+            ) from error
+        run.run(program)
+    return run
+
+
+def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]) -> UnitGraph:
+    """Sorts sets of atoms into groups: those that occur in the same axes are of the same kind."""
+    owner: dict[int, AxisKey] = {int(atom): key for key, labels in axes.items() for atom in labels.tolist()}
+    marked: dict[str, list[AxisKey]] = {}
+    for role, marks in run.roles.items():
+        marked[role] = list(dict.fromkeys(owner[atom] for mark in marks for atom in mark.tolist() if atom in owner))
+    roles = {key: frozenset(role for role, keys in marked.items() if key in keys) for key in axes}
+    roots = {key: atoms.find(labels) for key, labels in axes.items()}
+    frozen = atoms.frozen()
+    occurs: dict[int, dict[AxisKey, int]] = {}
+    for key, labels in roots.items():
+        for index, root in enumerate(labels.tolist()):
+            occurs.setdefault(root, {}).setdefault(key, index)
+    order = {key: position for position, key in enumerate(marked[PRODUCER])}
+    kinds: dict[tuple[tuple[AxisKey, ...], bool], list[int]] = {}
+    for root, places in occurs.items():
+        if any(roles[key] for key in places):
+            kinds.setdefault((tuple(places), root in frozen), []).append(root)
+    graph = UnitGraph()
+    number = torch.full((len(atoms._parent) + 1,), -1)
+    # In the order in which the units are produced, parameters that no layer produces last.
+    rank = {kind: min((order.get(key, len(order)) for key in kind[0]), default=0) for kind in kinds}
+    for kind, members in sorted(kinds.items(), key=lambda item: rank[item[0]]):
+        keys, fixed = kind
+        produced = [key for key in keys if key in order]
+        if fixed and not produced:
+            continue
+        lead = min(produced, key=lambda key: order[key]) if produced else keys[0]
+        name = _layer(model, lead[0])
+        if fixed:
+            reason = next((frozen[root] for root in members if frozen[root] is not None), None)
+            if reason is not None:
+                graph.frozen.setdefault(name, reason)
+            continue
+        if len(members) < 2:
+            graph.frozen.setdefault(name, "all of it is one unit")
+            continue
+        unique, copy = name, 1
+        while unique in graph.groups:
+            copy += 1
+            unique = f"{name}#{copy}"
+        members.sort(key=lambda root: occurs[root][lead])
+        number[torch.tensor(members)] = torch.arange(graph._total, graph._total + len(members))
+        graph.groups[unique] = UnitGroup(unique, torch.arange(len(members)), len(members), _first=graph._total)
+        graph._total += len(members)
+
+    def units(labels: Tensor) -> Tensor:
+        return number[atoms.find(labels)]  # the last entry answers for -1
+
+    graph._axes = {key: _Place(units(labels), roles[key]) for key, labels in axes.items()}
+    graph._axes = {key: place for key, place in graph._axes.items() if (place.units >= 0).any()}
+    ambiguous = set()
+    for module, attribute, labels, dim in run.sizes:
+        counted = _along(units(labels), dim)
+        if counted is not None and not torch.equal(graph._sizes.setdefault((module, attribute), counted), counted):
+            ambiguous.add((module, attribute))
+    for key in ambiguous:
+        del graph._sizes[key]
+    for module, where, labels in run.sightings:
+        known = units(labels)
+        dims = varied(known)
+        if len(dims) == 1 and (along := _along(known, dims[0])) is not None:
+            graph._seen.setdefault((module, where, dims[0]), along)
+    graph._relist()
+    return graph
+
+
+def _along(units: Tensor, dim: int) -> Tensor | None:
+    """Units along one dimension, if they differ along no other and there are any."""
+    if any(other != dim for other in varied(units)):
+        return None
+    along = units
+    for other in reversed(range(units.dim())):
+        if other != dim:
+            along = along.select(other, 0)
+    return along.clone() if (along >= 0).any() else None
+
+
+def _layer(model: nn.Module, name: str) -> str:
+    """The name of the layer whose weight a parameter is, or the parameter's own."""
+    base, _, last = name.partition(".parametrizations.")
+    if last:
+        base = f"{base}.{last.split('.')[0]}"
+    module, _, attribute = base.rpartition(".")
+    return module if attribute == "weight" and module else base
+
+
+def _rehearse_all(model: nn.Module, graph: UnitGraph, run: Propagation, names: dict[str, str]) -> None:
+    """Freezes the groups that the model's code cannot follow."""
+    generator = torch.Generator().manual_seed(0)
+    # Different numbers for different groups, so that no two sizes agree by chance; two units are left where possible.
+    chosen = {
+        name: torch.randperm(group.size, generator=generator)[: 1 + (7 * number) % max(1, (group.size - 1) // 2)]
+        for number, (name, group) in enumerate(graph.groups.items())
+    }
+    while graph.groups:
+        units = {name: chosen[name] for name in graph.groups}
+        try:
+            forward(model, graph._inputs, graph.plan(units))
+        except Exception as error:
+            names_at_fault, reason = _at_fault(model, graph, units, error)
+            graph.freeze(names_at_fault, reason)
+            continue
+        try:
+            _verify(model, graph, run, names, units)
+        except Mismatch as mismatch:
+            guilty = [
+                name
+                for name, group in graph.groups.items()
+                if ((mismatch.units >= group._first) & (mismatch.units < group._first + group.original_size)).any()
+            ]
+            graph.freeze(guilty or list(graph.groups), f"the cut model does not follow: {mismatch.reason}")
+            continue
+        return
+
+
+def _verify(
+    model: nn.Module, graph: UnitGraph, run: Propagation, names: dict[str, str], units: Mapping[str, Tensor]
+) -> None:
+    """Exports the model as it would be after a cut; the labels of the kept units must fit its program."""
+    plan = graph.plan(units)
+    axes = {}
+    for key in run.axes:
+        place = graph._axes.get(key)
+        labels = place.units if place is not None else torch.full((len(run.axes[key]),), -1)
+        kept = plan.kept.get(key[0], {}).get(key[1])
+        axes[key] = labels if kept is None else labels[kept]
+    atoms = Atoms(graph._total, fixed=True)
+    _propagate(model, graph._inputs, plan, graph._training, atoms, axes, names, run.constants)
+
+
+def _at_fault(
+    model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor], error: Exception
+) -> tuple[list[str], str]:
+    """The groups that a failed forward pass is due to."""
+    module, line = culprit(model, error)
+    reason = f"the code of {module or 'the model'} cannot follow ({str(error).splitlines()[0][:200]})"
+    near = [name for name in graph.groups if _touches(graph, name, module)] or list(graph.groups)
+    guilty = [name for name in near if not _survives(model, graph, {name: units[name]})]
+    return guilty or near, reason
+
+
+def _touches(graph: UnitGraph, name: str, module: str) -> bool:
+    group = graph.groups[name]
+    places = [axis.name for axis in (*group.producers, *group.consumers)] + [seen.module for seen in group.observations]
+    return any(place == module or place.startswith(f"{module}." if module else "") for place in places)
+
+
+def _survives(model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor]) -> bool:
+    try:
+        forward(model, graph._inputs, graph.plan(units))
+    except Exception:
+        return False
+    return True

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .graph import UnitGraph
+from .rehearsal import culprit, first_names, forward, named_tensors
 
 
 class PruneRecord(NamedTuple):
@@ -21,5 +23,80 @@ class PruneRecord(NamedTuple):
 
 
 def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | Tensor]) -> list[PruneRecord]:
-    """Removes units: group name -> positions in the group of the units to remove."""
-    raise NotImplementedError
+    """Removes units from a model: it then computes what it computed with their activations zero where they are read.
+
+    In place: parameters and buffers stay the same objects, their gradients are cut as well, attributes such as
+    ``out_channels`` and ``num_heads`` follow, and so does ``graph``. A forward pass without data shows first that the
+    model runs after the cut. On any failure the model and the graph are as they were.
+
+    Args:
+        model: the model that ``graph`` was traced from, with all cuts since.
+        graph: from :func:`trace`.
+        units: group name -> positions in the group, from 0 to its size less 1, of the units to remove.
+
+    Returns:
+        One record for each dimension of a parameter or buffer that was cut.
+
+    Raises:
+        ValueError: a group or a unit is not there, or a group would be left without any.
+        RuntimeError: the model does not fit the graph, or would not run after the cut.
+    """
+    plan = graph.plan(units)
+    tensors = named_tensors(model)
+    first = first_names(model)
+    for (name, dim), place in graph._axes.items():
+        tensor = tensors.get(name)
+        if tensor is None or first[name] != name or tensor.dim() <= dim or tensor.size(dim) != len(place.units):
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise RuntimeError(
+                f"{name} {found}, but the graph expects {len(place.units)} along dimension {dim}: "
+                "the model has changed since it was traced. Trace it again."
+            )
+    if not plan.kept:
+        return []
+    for training in graph._training:
+        try:
+            forward(model, graph._inputs, plan, training)
+        except Exception as error:
+            module, line = culprit(model, error)
+            raise RuntimeError(
+                f"The model would not run after the cut: {module or 'the model itself'} ({line}) stops with "
+                f"{type(error).__name__}: {error}. Nothing was changed. Leave out the groups that this module uses."
+            ) from error
+    modules = dict(model.named_modules())
+    changes = [(tensors[name], _selected(tensors[name], kept)) for name, kept in plan.kept.items()]
+    before = [(tensor, tensor.data, tensor.grad) for tensor, _ in changes]
+    sizes = {key: getattr(modules[key[0]], key[1]) for key in plan.sizes}
+    try:
+        for tensor, (data, grad) in changes:
+            tensor.grad = None
+            tensor.data = data
+            tensor.grad = grad
+        for (module, attribute), size in plan.sizes.items():
+            setattr(modules[module], attribute, size)
+        graph.forget(units)
+    except BaseException:
+        for tensor, data, grad in before:
+            tensor.grad = None
+            tensor.data = data
+            tensor.grad = grad
+        for (module, attribute), size in sizes.items():
+            setattr(modules[module], attribute, size)
+        raise
+    return [PruneRecord(name, dim, kept) for name, dims in plan.kept.items() for dim, kept in sorted(dims.items())]
+
+
+@torch.no_grad()
+def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The kept part of a tensor and of its gradient, in the memory format that they had."""
+
+    def select(whole: Tensor) -> Tensor:
+        part = whole
+        for dim, indices in kept.items():
+            part = part.index_select(dim, indices.to(part.device))
+        for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if whole.dim() == rank and whole.is_contiguous(memory_format=layout) and not whole.is_contiguous():
+                return part.contiguous(memory_format=layout)
+        return part
+
+    return select(tensor.detach()), None if tensor.grad is None else select(tensor.grad)
