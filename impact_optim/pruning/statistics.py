@@ -409,7 +409,7 @@ class UnitStatistics:
 
         Source: Hu et al., Network trimming, 2016.
         """
-        return self.positive / self.positions.clamp_min(1)
+        return self.positive.double() / self.positions.clamp_min(1)
 
     def state_entropy(self) -> Tensor:
         r"""Entropy in bits of the state of a unit, on (above 0) or off, over inputs and positions.
@@ -588,7 +588,7 @@ class ActivationStatistics:
         self._handles.append(self.model.register_forward_pre_hook(_Hook(self, _begin)))
         self._handles.append(self.model.register_forward_hook(_Hook(self, _end), always_call=True))
         for (module, where, dim), places in sites.items():
-            hook = _Hook(self, functools.partial(_observe, where, dim, places))
+            hook = _Hook(self, functools.partial(_observe, module, where, dim, places))
             if where == "input":
                 self._handles.append(modules[module].register_forward_pre_hook(hook, with_kwargs=True))
             else:
@@ -701,7 +701,13 @@ def _end(statistics: ActivationStatistics, model: nn.Module, args: Any, output: 
 
 
 def _observe(
-    where: str, dim: int, places: list[tuple[str, int]], statistics: ActivationStatistics, module: nn.Module, *args: Any
+    name: str,
+    where: str,
+    dim: int,
+    places: list[tuple[str, int]],
+    statistics: ActivationStatistics,
+    module: nn.Module,
+    *args: Any,
 ) -> None:
     if not statistics._recording:
         return
@@ -709,9 +715,12 @@ def _observe(
     if isinstance(activation, FakeTensor):
         return
     if not isinstance(activation, Tensor):
-        raise TypeError(f"the {where} of a {type(module).__name__} is a {type(activation).__name__}, not a tensor")
-    with torch.no_grad():
-        responses = channel_responses(activation, dim)
-        for name, i in places:
-            units = observed(statistics.graph.groups[name])[i].units
-            statistics.groups[name][i].add(responses, units, statistics.labels)
+        raise TypeError(f"the {where} of {name!r} is a {type(activation).__name__}, not a tensor")
+    try:
+        with torch.no_grad():
+            responses = channel_responses(activation, dim)
+            for group, i in places:
+                units = observed(statistics.graph.groups[group])[i].units
+                statistics.groups[group][i].add(responses, units, statistics.labels)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"no statistics of the {where} of {name!r}: {error}") from error
