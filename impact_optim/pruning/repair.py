@@ -17,7 +17,7 @@ from .architecture import integer_attributes, set_integer_attributes
 if TYPE_CHECKING:
     from .surgery import PruneRecord
 
-__all__ = ["repair"]
+__all__ = ["repair", "replace_state"]
 
 T = TypeVar("T")
 
@@ -65,10 +65,10 @@ def repair(
     old_states = [(optimizer, optimizer.state) for optimizer, _ in new_states]
     try:
         for optimizer, state in new_states:
-            _replace_state(optimizer, state)
+            replace_state(optimizer, state)
     except BaseException:
         for optimizer, state in old_states:
-            _replace_state(optimizer, state)
+            replace_state(optimizer, state)
         raise
     for tensor, data, grad in new_tensors:
         tensor.grad = None  # one of another shape would be refused
@@ -189,8 +189,9 @@ def _is_same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[dim], b[dim]) for dim in a)
 
 
-def _replace_state(optimizer: Optimizer, state: dict[Tensor, Any]) -> None:
-    # What load_state_dict ends with: an optimizer that derives something from its state learns that it is another one.
+def replace_state(optimizer: Optimizer, state: dict[Tensor, Any]) -> None:
+    """Gives an optimizer another state."""
+    # As load_state_dict does in the end, so that an optimizer that derives something from its state hears of it.
     optimizer.__setstate__({"state": state, "param_groups": optimizer.param_groups})
 
 
