@@ -282,16 +282,15 @@ class ActivationPruner:
         wanted = (1 - fraction) * self._original_macs
         low, high = (0.0, self._size.macs[""] ** 0.5), (1.0, 0.0)
         best: tuple[float, dict[str, Tensor]] = (float("inf"), {})
-        tried = set()
-        for _ in range(_MACS_TRIES):
+        for i in range(_MACS_TRIES):
             asked = low[0] + (high[0] - low[0]) * (low[1] - wanted**0.5) / (low[1] - high[1])
+            if i % 2:  # a line alone may creep up on it from one side
+                asked = (low[0] + high[0]) / 2
             chosen = self._lowest(asked, scores)
             macs = model_size(self.model, self._inputs, self.graph.plan(chosen)).macs[""]
             best = min(best, (abs(macs - wanted), chosen), key=lambda pair: pair[0])
-            number = sum(map(len, chosen.values()))
-            if number in tried or best[0] <= _MACS_TOLERANCE * self._original_macs:
+            if best[0] <= _MACS_TOLERANCE * self._original_macs:
                 break
-            tried.add(number)
             if macs > wanted:
                 low = (asked, macs**0.5)
             else:
