@@ -468,6 +468,9 @@ def test_an_empty_batch_changes_nothing():
     ("activation", "dim", "units", "labels", "error"),
     [
         (torch.zeros(4, 3), 0, 3, None, "holds the samples"),
+        (torch.zeros(4, 3), -2, 3, None, "holds the samples"),
+        (torch.zeros(4, 3), 3, 3, None, "or is not there"),
+        (torch.zeros(()), 0, 3, None, "or is not there"),
         (torch.zeros(4, 3), 1, 2, None, "given for 2 channels"),
         (torch.zeros(4, 3, dtype=torch.int64), 1, 3, None, "floating point"),
         (torch.zeros(4, 3), 1, 3, torch.zeros(4).long(), "labels are needed where"),

@@ -13,7 +13,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -209,8 +209,11 @@ def channel_responses(activation: Tensor, dim: int) -> ChannelResponses:
     """
     if not activation.is_floating_point():
         raise TypeError(f"an activation of type {activation.dtype} has no responses; observe a floating point tensor")
-    if dim % activation.ndim == 0:
-        raise ValueError(f"dimension {dim} of an activation of shape {tuple(activation.shape)} holds the samples")
+    if dim == 0 or not -activation.ndim < dim < activation.ndim:
+        raise ValueError(
+            f"dimension {dim} of an activation of shape {tuple(activation.shape)} cannot be that of the channels: it "
+            "holds the samples, or is not there"
+        )
     dtype = torch.promote_types(activation.dtype, torch.float32)
     # Into the activation's own type: on a CPU five times as fast as a boolean tensor and its sum.
     positive = torch.gt(activation, 0, out=torch.empty_like(activation))
@@ -269,9 +272,15 @@ class UnitStatistics:
     positive: Tensor
     positions: Tensor
 
-    _UNIT_DIM = {  # noqa: RUF012  never written
-        **{"counts": 1, "exponent": 0, "projections": 1, "energy": 0},
-        **{"seen": 0, "nonfinite": 0, "positive": 0, "positions": 0},
+    _UNIT_DIM: ClassVar = {
+        "counts": 1,
+        "exponent": 0,
+        "projections": 1,
+        "energy": 0,
+        "seen": 0,
+        "nonfinite": 0,
+        "positive": 0,
+        "positions": 0,
     }
 
     def __init__(
@@ -532,9 +541,10 @@ def observed(group: UnitGroup) -> list[Observation]:
 class ActivationStatistics:
     """The statistics of all groups of a model, gathered by forward hooks while it trains.
 
-    They see the forward passes of the model in training mode, one in ``every``. The default of 8 keeps their cost below
-    5% of a step also on a GPU, where a small network's time goes into launching kernels, and leaves an epoch of MNIST
-    7500 samples, enough to tell an entropy to 0.02 bits.
+    They see the forward passes of the model in training mode, one in ``every``. A recorded step of a ResNet-18 at batch
+    64 takes 5% longer on a CPU, so that the default of 8 costs less than 1% on average; of 60 000 samples it leaves
+    7500 an epoch, which tell an entropy to about 0.02 bits. Memory is 1.5 KiB per unit and place, with classes 0.5 KiB
+    and 256 bytes per class.
 
     The hooks read the units' positions from ``graph`` whenever they run, so that after a cut there is only
     :meth:`keep` to call. Attach them before ``torch.compile``, which does not look for new hooks afterwards; each
@@ -569,7 +579,11 @@ class ActivationStatistics:
         device = next((p.device for p in model.parameters() if p.device.type != "mps"), torch.device("cpu"))
         self.groups: dict[str, list[UnitStatistics]] = {
             name: [
-                UnitStatistics(group.size, classes=classes, seed=seed, rank=rank).to(device) for _ in observed(group)
+                # A histogram per class is read on fewer bins.
+                UnitStatistics(group.size, bins=64 if classes else 256, classes=classes, seed=seed, rank=rank).to(
+                    device
+                )
+                for _ in observed(group)
             ]
             for name, group in graph.groups.items()
         }
