@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from impact_optim.pruning.architecture import load_pruned, save_pruned
+from impact_optim.pruning.graph import trace
+from impact_optim.pruning.surgery import cut
 
 NETWORK = """
 import torch
@@ -176,6 +178,61 @@ def test_training_goes_on_with_gradients_of_the_new_shape(tmp_path):
     loaded(torch.randn(2, 3, 8, 8)).sum().backward()
     optimizer.step()
     assert loaded[0].weight.grad.shape == (4, 3, 3, 3)
+
+
+# ------------------------------------------------------------------------------- networks that surgery has cut
+
+
+def transformer():
+    vit = pytest.importorskip("timm.models.vision_transformer")
+    return vit.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+
+
+def residual():
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+
+
+def mobile():
+    from torchvision.models import mobilenet_v3_small
+
+    return mobilenet_v3_small(num_classes=5)
+
+
+@pytest.fixture(params=[transformer, residual, mobile], scope="module")
+def cut_network(request):
+    """How it is built, cut by a third at random, and an input."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    model = request.param()
+    graph = trace(model, (x,))
+    units = {name: torch.randperm(group.size)[: group.size // 3] for name, group in graph.groups.items()}
+    assert cut(model, graph, units)
+    assert sum(p.numel() for p in model.parameters()) < 0.8 * sum(p.numel() for p in request.param().parameters())
+    return request.param, model.eval(), x
+
+
+def test_a_cut_network_comes_back(cut_network, tmp_path):
+    build, model, x = cut_network
+    save_pruned(model, tmp_path)
+    assert torch.equal(load_pruned(build(), tmp_path).eval()(x), model(x))
+
+
+def test_a_cut_network_is_exported(cut_network):
+    _, model, x = cut_network
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_a_cut_network_goes_to_onnx(cut_network, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    _, model, x = cut_network
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-3, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------- what does not fit

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
-from .graph import trace
+from .graph import UnitGroup, trace
 from .rehearsal import as_inputs
 from .repair import repair, replace_state
-from .report import LayerReport, PruneReport, model_size
+from .report import LayerReport, ModelSize, PruneReport, model_size
 from .statistics import ActivationStatistics, UnitStatistics
 from .surgery import PruneRecord, cut
 
@@ -67,7 +67,7 @@ class ActivationPruner:
     The statistics of a criterion are gathered by forward hooks during the epochs that end with a cut, and only then.
     A cut happens in place: the model, its parameters, the optimizers and their parameter groups stay the same objects.
     What was built around tensors of the old shapes has to be built anew after it: ``DistributedDataParallel`` and CUDA
-    graphs; ``torch.compile`` compiles again by itself.
+    graphs. ``torch.compile`` compiles again by itself, for the epochs that are observed and after each cut.
 
     Args:
         model: in training; not wrapped.
@@ -170,7 +170,7 @@ class ActivationPruner:
             if epoch in self.schedule:
                 report = self._cut_to(self.schedule[epoch], epoch)
             else:
-                report = self._report(epoch, {}, {})
+                report = self._report(epoch, {}, {}, self._size)
             self.epoch = epoch
             self.statistics.reset()
         finally:
@@ -191,11 +191,15 @@ class ActivationPruner:
         """
         _check_schedule({1: fraction})
         scores = self._scores()
-        return replace(self._report(self.epoch, self._choose(fraction, scores), scores.values), note="dry run")
+        chosen = self._choose(fraction, scores)
+        size = model_size(self.model, self._inputs, self.graph.plan(chosen))
+        return replace(self._report(self.epoch, chosen, scores.values, size), note="dry run")
 
     def _attach_if_due(self) -> None:
         if self.epoch + 1 in self.schedule and self._reads_activations():
             self.statistics.attach()
+            if self.epoch > 0:
+                torch.compiler.reset()  # what is compiled already does not look for new hooks
 
     def _reads_activations(self) -> bool:
         return self.criterion not in _WITHOUT_ACTIVATIONS or self.split == "rademacher"
@@ -205,49 +209,58 @@ class ActivationPruner:
     def _cut_to(self, fraction: float, epoch: int) -> PruneReport:
         """Cuts until a fraction of what there was is gone, or as much of it as the guard bears."""
         with self._all_or_nothing() as before:
-            scores = self._scores()
-            if self.guard is None:
-                chosen = self._choose(fraction, scores)
-                report = self._report(epoch, chosen, scores.values)
-                return replace(report, records=self._remove(chosen))
+            scores, gone = self._scores(), self._gone()
+            chosen, metric, note = self._choose(fraction, scores), None, ""
+            if fraction <= gone:
+                note = f"{gone:.3g} of the {self.target} are gone already"
+            elif self.guard is not None:
+                borne, chosen, metric = self._bearable(fraction, scores, self.guard, before)
+                if borne < fraction:
+                    note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
+            size = model_size(self.model, self._inputs, self.graph.plan(chosen))
+            report = self._report(epoch, chosen, scores.values, size)
+            records = self._remove(chosen)
+            self._size = size
+            return replace(report, records=records, metric=metric, note=note)
 
-            measure, tolerance = self.guard
-            start = end = _mean_over_processes(measure(self.model))
-            bearable, low, high, asked = {}, self._gone(scores), fraction, fraction
-            for _ in range(1 + _SMALLER_CUTS):
-                chosen = self._choose(asked, scores)
-                self._remove(chosen)
-                metric = _mean_over_processes(measure(self.model))
-                before.restore()
-                if start - metric <= tolerance:  # not so for nan
-                    bearable, low, end = chosen, asked, metric
-                    if asked == fraction:
-                        break
-                else:
-                    high = asked
-                asked = (low + high) / 2
-            report = self._report(epoch, bearable, scores.values)
-            note = "" if low == fraction else f"the guard bears {low:.3g} of the {self.target}, not {fraction:.3g}"
-            return replace(report, records=self._remove(bearable), metric=(start, end), note=note)
+    def _bearable(
+        self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
+    ) -> tuple[float, dict[str, Tensor], tuple[float, float]]:
+        """The largest fraction that the guard bears, the units for it, and the metric before and after them."""
+        measure, tolerance = guard
+        start = _mean_over_processes(measure(self.model))
+        best: tuple[float, dict[str, Tensor], tuple[float, float]] = (self._gone(), {}, (start, start))
+        asked, too_much = fraction, fraction
+        for _ in range(1 + _SMALLER_CUTS):
+            before.restore()
+            chosen = self._choose(asked, scores)
+            self._remove(chosen)
+            end = _mean_over_processes(measure(self.model))
+            if start - end <= tolerance:  # not so for nan
+                best = (asked, chosen, (start, end))
+                if asked == fraction:
+                    break
+            else:
+                too_much = asked
+            asked = (best[0] + too_much) / 2
+        before.restore()
+        return best
 
     def _scores(self) -> _Scores:
-        reads = self._reads_activations()
         context = Context(
             parameters=dict(self.model.named_parameters()),
-            statistics=self.statistics.all_reduce() if reads else {},
+            statistics=self.statistics.all_reduce() if self._reads_activations() else {},
             importances=self._importances(),
             seed=self.seed,
         )
         criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
-        values = {}
-        for name, group in self.graph.groups.items():
-            if group.observations or not reads:  # what no module shows stays
-                values[name] = criterion(group, context).detach().cpu()
-                if values[name].shape != (group.size,):
-                    raise ValueError(
-                        f"the criterion gives scores of shape {tuple(values[name].shape)} to {name}, which has "
-                        f"{group.size} units; it must give one to each"
-                    )
+        values = {name: criterion(group, context).detach().cpu() for name, group in self._groups().items()}
+        for name, value in values.items():
+            if value.shape != (size := self.graph.groups[name].size,):
+                raise ValueError(
+                    f"the criterion gives scores of shape {tuple(value.shape)} to {name}, which has {size} units; it "
+                    "must give one to each"
+                )
         return _Scores(_of_first_process(values), context.statistics)
 
     def _importances(self) -> dict[str, Tensor]:
@@ -262,16 +275,21 @@ class ActivationPruner:
             if param in names
         }
 
-    def _gone(self, scores: _Scores) -> float:
+    def _groups(self) -> dict[str, UnitGroup]:
+        """What can be scored and cut: groups whose activations no module shows stay, if the criterion reads those."""
+        reads = self._reads_activations()
+        return {name: group for name, group in self.graph.groups.items() if group.observations or not reads}
+
+    def _gone(self) -> float:
         """The fraction that has been removed of what there was."""
         if self.target == "macs":
             return 1 - self._size.macs[""] / self._original_macs
-        groups = [self.graph.groups[name] for name in scores.values]
+        groups = self._groups().values()
         return 1 - sum(group.size for group in groups) / max(sum(group.original_size for group in groups), 1)
 
     def _choose(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
         """The units to remove, by group, so that a fraction of what there was is gone."""
-        gone = self._gone(scores)
+        gone = self._gone()
         if fraction <= gone:
             return {}
         if self.target == "units":
@@ -298,7 +316,7 @@ class ActivationPruner:
         return best[1]
 
     def _lowest(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
-        groups = {name: self.graph.groups[name] for name in scores.values}
+        groups = self._groups()
         least = {name: math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9) for name, group in groups.items()}
         return units_to_remove(
             scores.values,
@@ -319,13 +337,13 @@ class ActivationPruner:
         records = cut(self.model, self.graph, chosen)
         repair(records, self.model, optimizers=self.optimizers, averaged=self.averaged)
         self.statistics.keep(kept)
-        self._size = model_size(self.model, self._inputs)
         return records
 
-    def _report(self, epoch: int, chosen: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> PruneReport:
+    def _report(
+        self, epoch: int, chosen: Mapping[str, Tensor], scores: Mapping[str, Tensor], after: ModelSize
+    ) -> PruneReport:
         """What removing the chosen units does, before it is done."""
-        plan = self.graph.plan(chosen)
-        before, after = self._size, model_size(self.model, self._inputs, plan) if chosen else self._size
+        before, plan = self._size, self.graph.plan(chosen)
         layers = [
             LayerReport(
                 name,
@@ -382,17 +400,20 @@ class ActivationPruner:
                     f"{name} has lost units that the state has, or never had them: load into a newly built model"
                 )
         chosen = {name: (~torch.isin(groups[name].original, left)).nonzero().flatten() for name, left in units.items()}
-        with self._all_or_nothing():
-            self.statistics.detach()
-            try:
-                self._remove({name: positions for name, positions in chosen.items() if len(positions)})
-            except ValueError as error:
-                raise ValueError(
-                    f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
-                ) from error
-            self.statistics.load_state_dict(state_dict["statistics"])
-        self.epoch = int(state_dict["epoch"])
-        self._attach_if_due()
+        self.statistics.detach()
+        try:
+            with self._all_or_nothing():
+                try:
+                    self._remove({name: positions for name, positions in chosen.items() if len(positions)})
+                except ValueError as error:
+                    raise ValueError(
+                        f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
+                    ) from error
+                self.statistics.load_state_dict(state_dict["statistics"])
+                self._size = model_size(self.model, self._inputs)
+            self.epoch = int(state_dict["epoch"])
+        finally:
+            self._attach_if_due()
 
 
 class _Scores(NamedTuple):

@@ -59,7 +59,11 @@ def repair(
         TypeError: an optimizer keeps state that is not of one parameter, as LBFGS does. Nothing has changed then.
     """
     cuts = _cuts(records, model)
-    new_states = [(optimizer, _cut_state(optimizer, model, cuts)) for optimizer in _as_list(optimizers, Optimizer)]
+    new_states = [
+        (optimizer, state)
+        for optimizer in _as_list(optimizers, Optimizer)
+        if (state := _cut_state(optimizer, model, cuts)) is not None
+    ]
     copies = [_unwrapped(copy, model) for copy in _as_list(averaged, nn.Module)]
     new_tensors = [new for copy in copies for new in _cut_copy(copy, cuts)]
     old_states = [(optimizer, optimizer.state) for optimizer, _ in new_states]
@@ -74,7 +78,7 @@ def repair(
         tensor.grad = None  # one of another shape would be refused
         tensor.data = data
         tensor.grad = grad
-    for copy in copies:
+    for copy in copies if cuts else ():
         set_integer_attributes(copy, integer_attributes(model))
 
 
@@ -111,8 +115,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------- optimizers
 
 
-def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut]) -> dict[Tensor, Any]:
-    """The state that an optimizer has after the cut."""
+def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut]) -> dict[Tensor, Any] | None:
+    """The state that an optimizer has after the cut; None if nothing of it was cut."""
     kind = type(optimizer).__name__
     params = {param for group in optimizer.param_groups for param in group["params"]}
     if params.isdisjoint(model.parameters()):
@@ -121,6 +125,8 @@ def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut])
         )
     if isinstance(optimizer, LBFGS) and optimizer.state:
         raise TypeError("LBFGS keeps one flat history of all parameters, which cannot be cut: start a new one")
+    if params.isdisjoint(cuts):
+        return None
     # Whoever only asks for the state of a parameter leaves an empty one behind, at which Adam's __setstate__ stumbles.
     state: dict[Tensor, Any] = defaultdict(
         dict, {param: entries for param, entries in optimizer.state.items() if entries}
