@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -97,9 +98,13 @@ class UnitGraph:
             if chosen.numel() == 0:
                 continue
             if chosen.dim() != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
-                raise ValueError(f"{name!r}: positions must be a one-dimensional sequence of integers, not {positions!r}.")
+                raise ValueError(
+                    f"{name!r}: positions must be a one-dimensional sequence of integers, not {positions!r}."
+                )
             if chosen.min() < 0 or chosen.max() >= group.size or len(chosen.unique()) != len(chosen):
-                raise ValueError(f"{name!r} has units 0 to {group.size - 1}; each can be removed once, not {chosen.tolist()}.")
+                raise ValueError(
+                    f"{name!r} has units 0 to {group.size - 1}; each can be removed once, not {chosen.tolist()}."
+                )
             if len(chosen) == group.size:
                 raise ValueError(f"{name!r}: one of its {group.size} units must stay.")
             removed[group._first + group.original[chosen]] = True
@@ -122,13 +127,15 @@ class UnitGraph:
             group = self.groups[name]
             chosen = torch.as_tensor(positions, dtype=torch.int64).cpu()
             removed[group._first + group.original[chosen]] = True
+        axes = {
+            key: place._replace(units=place.units[kept_indices(place.units, removed)])
+            for key, place in self._axes.items()
+        }
+        sizes = {key: labels[kept_indices(labels, removed)] for key, labels in self._sizes.items()}
+        seen = {key: labels[kept_indices(labels, removed)] for key, labels in self._seen.items()}
         for group in self.groups.values():
             group.original = group.original[~removed[group._first + group.original]]
-        for key, place in self._axes.items():
-            self._axes[key] = place._replace(units=place.units[kept_indices(place.units, removed)])
-        for table in (self._sizes, self._seen):
-            for place_key, labels in list(table.items()):  # type: ignore[attr-defined]
-                table[place_key] = labels[kept_indices(labels, removed)]  # type: ignore[index]
+        self._axes, self._sizes, self._seen = axes, sizes, seen
         self._relist()
 
     def freeze(self, names: Iterable[str], reason: str) -> None:
@@ -137,11 +144,13 @@ class UnitGraph:
             group = self.groups.pop(name)
             self.frozen[name] = reason
             numbers = torch.arange(group._first, group._first + group.original_size)
-            for key, place in list(self._axes.items()):
-                self._axes[key] = place._replace(units=place.units.masked_fill(torch.isin(place.units, numbers), -1))
-            for table in (self._sizes, self._seen):
-                for place_key, labels in list(table.items()):  # type: ignore[attr-defined]
-                    table[place_key] = labels.masked_fill(torch.isin(labels, numbers), -1)  # type: ignore[index]
+
+            def without(labels: Tensor, numbers: Tensor = numbers) -> Tensor:
+                return labels.masked_fill(torch.isin(labels, numbers), -1)
+
+            self._axes = {key: place._replace(units=without(place.units)) for key, place in self._axes.items()}
+            self._sizes = {key: without(labels) for key, labels in self._sizes.items()}
+            self._seen = {key: without(labels) for key, labels in self._seen.items()}
         self._relist()
 
     def _relist(self) -> None:
@@ -204,13 +213,25 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     names = first_names(model)
     atoms, axes = Atoms(), dict[AxisKey, Tensor]()
     run = _propagate(model, inputs, Plan(), (False,), atoms, axes, names, None)
-    ignored = {name for module in ignore for name in _names_in(model, module)}
+    ignored = {names[name] for module in ignore for name in _names_in(model, module)}
+    modes: tuple[bool, ...] = (False,)
+    unseen = [name for name, _ in model.named_parameters() if name not in run.used | ignored]
+    if unseen:  # heads that only training reads still read the units
+        modes = (False, True)
+        try:
+            _extend(run, model, inputs, Plan(), True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Evaluation does not use {unseen[0]} (of {len(unseen)} parameters that it does not use), and the model "
+                f"cannot be traced in training mode with these inputs. {error} If training does not use them either, "
+                "ignore their modules."
+            ) from error
     for (name, _), labels in axes.items():
-        if names[name] in {names[other] for other in ignored}:
+        if name in ignored:
             atoms.freeze(labels, "its module is ignored")
     run.settle()
     graph = _build(model, run, atoms, axes)
-    graph._inputs = inputs
+    graph._inputs, graph._training = inputs, modes
     _rehearse_all(model, graph, run, names)
     return graph
 
@@ -233,19 +254,21 @@ def _propagate(
 ) -> Propagation:
     run = Propagation(model, atoms, axes, names, constants)
     for training in modes:
-        try:
-            program = export(model, inputs, plan, training)
-        except Exception as error:
-            if constants is not None:
-                raise
-            module, line = culprit(model, error)
-            where = f"in {module or 'the model itself'} ({line})" if line else "somewhere in it"
-            raise RuntimeError(
-                f"torch.export cannot trace the model: it stopped {where} with {type(error).__name__}: {error}. "
-                "Trace the part of the model without that module, or change that line."
-            ) from error
-        run.run(program)
+        _extend(run, model, inputs, plan, training)
     return run
+
+
+def _extend(run: Propagation, model: nn.Module, inputs: Inputs, plan: Plan, training: bool) -> None:
+    try:
+        program = export(model, inputs, plan, training)
+    except Exception as error:
+        module, line = culprit(model, error)
+        where = f"in {module or 'the model itself'} ({line})" if line else "somewhere in it"
+        raise RuntimeError(
+            f"torch.export cannot trace the model: it stopped {where} with {type(error).__name__}: {error}. "
+            "Trace the part of the model without that module, or change that line."
+        ) from error
+    run.run(program)
 
 
 def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]) -> UnitGraph:
@@ -346,10 +369,10 @@ def _rehearse_all(model: nn.Module, graph: UnitGraph, run: Propagation, names: d
     while graph.groups:
         units = {name: chosen[name] for name in graph.groups}
         try:
-            forward(model, graph._inputs, graph.plan(units))
+            for training in graph._training:
+                forward(model, graph._inputs, graph.plan(units), training)
         except Exception as error:
-            names_at_fault, reason = _at_fault(model, graph, units, error)
-            graph.freeze(names_at_fault, reason)
+            _blame(model, graph, units, error)
             continue
         try:
             _verify(model, graph, run, names, units)
@@ -359,9 +382,22 @@ def _rehearse_all(model: nn.Module, graph: UnitGraph, run: Propagation, names: d
                 for name, group in graph.groups.items()
                 if ((mismatch.units >= group._first) & (mismatch.units < group._first + group.original_size)).any()
             ]
+            guilty = guilty or [
+                name for name in graph.groups if not _fits(model, graph, run, names, {name: chosen[name]})
+            ]
             graph.freeze(guilty or list(graph.groups), f"the cut model does not follow: {mismatch.reason}")
             continue
         return
+
+
+def _fits(
+    model: nn.Module, graph: UnitGraph, run: Propagation, names: dict[str, str], units: Mapping[str, Tensor]
+) -> bool:
+    try:
+        _verify(model, graph, run, names, units)
+    except Mismatch:
+        return False
+    return True
 
 
 def _verify(
@@ -379,15 +415,26 @@ def _verify(
     _propagate(model, graph._inputs, plan, graph._training, atoms, axes, names, run.constants)
 
 
-def _at_fault(
-    model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor], error: Exception
-) -> tuple[list[str], str]:
-    """The groups that a failed forward pass is due to."""
-    module, line = culprit(model, error)
-    reason = f"the code of {module or 'the model'} cannot follow ({str(error).splitlines()[0][:200]})"
+def _blame(model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor], error: Exception) -> None:
+    """Freezes the groups that a failed forward pass is due to, and those of other layers that fail as they do."""
+    module, _ = culprit(model, error)
     near = [name for name in graph.groups if _touches(graph, name, module)] or list(graph.groups)
-    guilty = [name for name in near if not _survives(model, graph, {name: units[name]})]
-    return guilty or near, reason
+    failures = {name: failure for name in near if (failure := _failure(model, graph, {name: units[name]}))}
+    alike = {_numberless(name) for name in failures}
+    for name in graph.groups:
+        if name not in near and _numberless(name) in alike and (failure := _failure(model, graph, {name: units[name]})):
+            failures[name] = failure
+    reason = f"the code of {module or 'the model'} cannot follow ({_first_line(error)})"
+    for name, why in (failures or dict.fromkeys(near, reason)).items():
+        graph.freeze([name], why)
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "", name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _touches(graph: UnitGraph, name: str, module: str) -> bool:
@@ -396,9 +443,11 @@ def _touches(graph: UnitGraph, name: str, module: str) -> bool:
     return any(place == module or place.startswith(f"{module}." if module else "") for place in places)
 
 
-def _survives(model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor]) -> bool:
-    try:
-        forward(model, graph._inputs, graph.plan(units))
-    except Exception:
-        return False
-    return True
+def _failure(model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor]) -> str | None:
+    """Why the model does not run after a cut, if it does not."""
+    for training in graph._training:
+        try:
+            forward(model, graph._inputs, graph.plan(units), training)
+        except Exception as error:
+            return f"the code of {culprit(model, error)[0] or 'the model'} cannot follow ({_first_line(error)})"
+    return None

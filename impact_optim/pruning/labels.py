@@ -47,7 +47,7 @@ class Atoms:
     def __init__(self, count: int = 0, fixed: bool = False) -> None:
         self._parent = torch.arange(count)
         self._reason = torch.full((count,), -1)
-        self.reasons: list[str | None] = []
+        self.reasons: list[str | None] = [None]
         self.fixed = fixed
 
     def new(self, count: int) -> Tensor:
@@ -76,34 +76,42 @@ class Atoms:
         first, second = first[differ], second[differ]
         if self.fixed and len(first):
             raise Mismatch(torch.cat([first, second]).unique(), reason)
+        before = torch.cat([first, second])
         while len(first):
             low, high = torch.minimum(first, second), torch.maximum(first, second)
             self._parent.scatter_reduce_(0, high, low, "amin")
             first, second = self.find(first), self.find(second)
             differ = first != second
             first, second = first[differ], second[differ]
+        before = before[self._reason[before] >= 0]
+        after = self.find(before)
+        self._reason.scatter_reduce_(0, after, self._reason[before], "amax")
 
     def freeze(self, atoms: Tensor, reason: str | None) -> None:
         """Marks atoms as not to be removed; without a reason, they were never meant to be."""
-        atoms = atoms[atoms >= 0]
+        atoms = self.find(atoms[atoms >= 0])
         if not len(atoms):
             return
         if self.fixed:
             raise Mismatch(atoms.unique(), reason or "")
-        atoms = atoms[self._reason[atoms] < 0]
-        self._reason[atoms] = len(self.reasons)
-        self.reasons.append(reason)
+        # The first reason stays; 0 stands for none, which any other overrules.
+        atoms = atoms[self._reason[atoms] < (reason is not None)]
+        self._reason[atoms] = len(self.reasons) if reason is not None else 0
+        if reason is not None:
+            self.reasons.append(reason)
+
+    def are_frozen(self, atoms: Tensor) -> bool:
+        """Whether none of the atoms can be removed."""
+        atoms = atoms[atoms >= 0]
+        return bool((self._reason[self.find(atoms)] >= 0).all())
 
     def frozen(self) -> dict[int, str | None]:
-        """Representative of each frozen set -> the reason, the first that is not None."""
-        atoms = (self._reason >= 0).nonzero().reshape(-1)
-        roots = self.find(atoms)
-        order = self._reason[atoms].argsort(stable=True, descending=True)
-        frozen: dict[int, str | None] = {}
-        for root, reason in zip(roots[order].tolist(), self._reason[atoms][order].tolist(), strict=True):
-            if self.reasons[reason] is not None or root not in frozen:
-                frozen[root] = self.reasons[reason]
-        return frozen
+        """Representative of each frozen set -> the reason."""
+        roots = ((self._reason >= 0) & (self._parent == torch.arange(len(self._parent)))).nonzero().reshape(-1)
+        return {
+            root: self.reasons[reason]
+            for root, reason in zip(roots.tolist(), self._reason[roots].tolist(), strict=True)
+        }
 
 
 @dataclass
@@ -137,11 +145,20 @@ class Size(NamedTuple):
 
 def varied(labels: Tensor) -> list[int]:
     """The dimensions along which labels differ."""
+    labels = _core(labels)
     return [
         dim
         for dim in range(labels.dim())
-        if labels.stride(dim) != 0 and labels.size(dim) > 1 and not torch.equal(labels, _flat(labels, dim))
+        if labels.size(dim) > 1 and not torch.equal(labels, labels.narrow(dim, 0, 1).expand_as(labels))
     ]
+
+
+def _core(labels: Tensor) -> Tensor:
+    """Labels without the repetitions of their expanded dimensions."""
+    for dim in range(labels.dim()):
+        if labels.stride(dim) == 0 and labels.size(dim) > 1:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
 
 
 def _flat(labels: Tensor, *dims: int) -> Tensor:
@@ -192,6 +209,7 @@ class Propagation:
         self.sizes: list[Size] = []
         self.grids: list[Tensor] = []
         self.constants: list[tuple[str, Any]] = []
+        self.used: set[str] = set()
         self._expected = constants
         self._node: Node | None = None
 
@@ -222,11 +240,10 @@ class Propagation:
         changed = True
         while changed:
             changed = False
-            frozen = torch.tensor(sorted(self.atoms.frozen()), dtype=torch.int64)
             for labels in self.grids:
-                labels = self.atoms.find(labels)
+                labels = self.atoms.find(_core(labels))
                 dims = varied(labels)
-                if len(dims) < 2 or torch.isin(labels, frozen).logical_or(labels < 0).all():
+                if len(dims) < 2 or self.atoms.are_frozen(labels):
                     continue
                 keep = max(dims, key=lambda dim: labels.size(dim))
                 self._join_over(labels, [dim for dim in dims if dim != keep])
@@ -253,6 +270,8 @@ class Propagation:
         if kind not in (InputKind.PARAMETER, InputKind.BUFFER) or target is None:
             return Value(shape, weight=kind != InputKind.USER_INPUT)
         name = self.names[target]
+        if node.users:
+            self.used.add(name)
         labels = []
         for dim, size in enumerate(shape):
             if size < 2:
@@ -310,7 +329,7 @@ class Propagation:
         covered = {dim for labels in target.labels for dim in varied(labels)}
         for labels in result.labels:
             if not covered.issuperset(varied(labels)):
-                self.atoms.freeze(labels.reshape(-1), f"{self.where()} writes them into another tensor")
+                self.atoms.freeze(_core(labels).reshape(-1), f"{self.where()} writes them into another tensor")
 
     def _note_constants(self, name: str, bound: dict[str, Any]) -> None:
         kinds = (int, float) if name in ELEMENTWISE else float
@@ -321,7 +340,9 @@ class Propagation:
             return
         expected = self._expected[position] if position < len(self._expected) else ("", [])
         if expected != (name, numbers):
-            units = [labels.reshape(-1) for value in bound.values() if _is_value(value) for labels in value.labels]
+            units = [
+                _core(labels).reshape(-1) for value in bound.values() if _is_value(value) for labels in value.labels
+            ]
             kept = torch.cat(units).unique() if units else torch.empty(0, dtype=torch.int64)
             raise Mismatch(kept[kept >= 0], "the program's constants or operators depend on the number of units")
 
@@ -350,7 +371,7 @@ class Propagation:
 
     def _freeze(self, value: Any, reason: str | None) -> None:
         for labels in value.labels if _is_value(value) else []:
-            self.atoms.freeze(labels.reshape(-1).unique(), reason)
+            self.atoms.freeze(_core(labels).reshape(-1).unique(), reason)
 
     def _tidy(self, labels: Iterable[Tensor]) -> list[Tensor]:
         """Labels with their constant dimensions expanded, those that say nothing left out."""
@@ -361,18 +382,19 @@ class Propagation:
             if not dims:
                 if array.numel() and not self.atoms.fixed:
                     self.atoms.freeze(array.reshape(-1)[:1], f"{self.where()} picks out a single index")
-            elif (array >= 0).any():
+            elif len(dims) == 1:
                 kept.append(array)
-                if len(dims) > 1:
-                    self._grid(array)
+            elif not self.atoms.are_frozen(_core(array)):
+                kept.append(array)
+                self._grid(array)
         return kept
 
     def _grid(self, labels: Tensor) -> None:
         """Notes that labels must stay a product of index sets, one for each dimension."""
         if not self.atoms.fixed:
             self.grids.append(labels)
-        elif len(dims := varied(labels)) > 1 and (labels >= 0).any():
-            kept = labels.unique()
+        elif len(dims := varied(labels)) > 1 and (_core(labels) >= 0).any():
+            kept = _core(labels).unique()
             raise Mismatch(kept[kept >= 0], f"units differ along dimensions {dims}")
 
     def _join_over(self, labels: Tensor, dims: Sequence[int]) -> None:
@@ -391,7 +413,7 @@ class Propagation:
                 self._join_over(labels, over)
                 kept.append(_flat(labels, *over))
             else:
-                self.atoms.freeze(labels.reshape(-1).unique(), reason)
+                self.atoms.freeze(_core(labels).reshape(-1).unique(), reason)
         return Value(value.shape, kept, value.weight)
 
     def _combine(self, shape: Sequence[int], values: Iterable[Value]) -> Value:
@@ -420,7 +442,7 @@ class Propagation:
                 missing = fixed.intersection(varied(labels)) - {dim for array in arrays for dim in varied(array)}
                 if missing:
                     self.atoms.freeze(
-                        labels.reshape(-1).unique(), f"{self.where()} combines them with what is not cut"
+                        _core(labels).reshape(-1).unique(), f"{self.where()} combines them with what is not cut"
                     )
         return Value(shape, found)
 
@@ -432,7 +454,7 @@ class Propagation:
             axes = two if weight is second else one
             for labels in weight.labels:
                 inner = [axes[dim] not in out for dim in varied(labels)]
-                self.roles[CONSUMER if all(inner) else PRODUCER].append(labels.reshape(-1).unique())
+                self.roles[CONSUMER if all(inner) else PRODUCER].append(_core(labels).reshape(-1).unique())
         joint = "".join(dict.fromkeys(one + two))
         sizes = dict(zip(one, first.shape, strict=True))
         for letter, size in zip(two, second.shape, strict=True):
@@ -569,7 +591,7 @@ def _joined(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     for value in values:
         ours = [labels for labels in value.labels if dim in varied(labels)]
         for labels in ours[1:]:
-            run.atoms.freeze(labels.reshape(-1).unique(), f"{run.where()} joins a doubly labelled tensor")
+            run.atoms.freeze(_core(labels).reshape(-1).unique(), f"{run.where()} joins a doubly labelled tensor")
         along.append(ours[0] if ours else torch.tensor(-1).expand(value.shape))
         rest = [_index0(labels, [dim], keepdim=True) for labels in value.labels if dim not in varied(labels)]
         ours = [_index0(labels, [dim], keepdim=True) for labels in ours]
@@ -588,11 +610,18 @@ def _padded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
         for dim in range(rank - 1, rank - 1 - len(amounts) // 2, -1):
             before, after = amounts[2 * (rank - 1 - dim) : 2 * (rank - dim)]
             if dim in varied(labels) and (before or after):
-                if bound.get("mode", "constant") != "constant" or run._name() not in ("aten::pad", "aten::constant_pad_nd"):
-                    run.atoms.freeze(labels.reshape(-1).unique(), f"{run.where()} repeats them")
+                if bound.get("mode", "constant") != "constant" or run._name() not in (
+                    "aten::pad",
+                    "aten::constant_pad_nd",
+                ):
+                    run.atoms.freeze(_core(labels).reshape(-1).unique(), f"{run.where()} repeats them")
                 padding += [before, after]
             else:
-                labels = labels.narrow(dim, 0, 1).expand(*shape_with(labels, dim, shape[dim])) if dim not in varied(labels) else labels
+                labels = (
+                    labels.narrow(dim, 0, 1).expand(*shape_with(labels, dim, shape[dim]))
+                    if dim not in varied(labels)
+                    else labels
+                )
                 padding += [0, 0]
         kept.append(F.pad(labels, padding, value=-1))
     return Value(shape, run._tidy(kept))
@@ -627,9 +656,13 @@ def _indexed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
         kept = []
         for labels in value.labels:
             if any(labels.size(dim) != shape[dim] for dim in varied(labels)):
-                run.atoms.freeze(labels.reshape(-1).unique(), f"{run.where()} picks them by number")
+                run.atoms.freeze(_core(labels).reshape(-1).unique(), f"{run.where()} picks them by number")
             else:
-                kept.append(_flat(labels, *dims)[tuple(slice(0, 1) if d not in varied(labels) else slice(None) for d in range(labels.dim()))].expand(shape))
+                kept.append(
+                    _flat(labels, *dims)[
+                        tuple(slice(0, 1) if d not in varied(labels) else slice(None) for d in range(labels.dim()))
+                    ].expand(shape)
+                )
         return run._combine(shape, [Value(shape, kept), indices[0]])
     return Value(shape, run._tidy(kept))
 
@@ -709,7 +742,7 @@ def _group_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     for labels in result.labels:
         grouped = _index0(labels, range(2, rank)).unflatten(1, (groups, -1))
         if groups == 1 and 1 in varied(labels):
-            run.atoms.freeze(labels.reshape(-1).unique(), f"{run.where()} mixes the units")
+            run.atoms.freeze(_core(labels).reshape(-1).unique(), f"{run.where()} mixes the units")
         run._join_over(grouped, [2])
         run.size_follows("num_channels", labels, 1)
         run.size_follows("num_groups", grouped.select(2, 0), 1)
@@ -744,7 +777,9 @@ def _linear(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     for labels in value.labels:
         run.size_follows("in_features", labels, labels.dim() - 1)
     free = "abcdefgh"[: len(value.shape) - 1]
-    result = run._contract(value, weight, (free + "k", "ok"[2 - len(weight.shape) :], free + "o"[2 - len(weight.shape) :]))
+    result = run._contract(
+        value, weight, (free + "k", "ok"[2 - len(weight.shape) :], free + "o"[2 - len(weight.shape) :])
+    )
     if bias is not None:
         result = run._combine(result.shape, [result, bias])
     for labels in result.labels:
@@ -762,10 +797,13 @@ def _convolution(transposed: bool) -> Rule:
         inputs = run._mix(value, range(len(value.shape) - spatial, len(value.shape)), f"{run.where()} mixes the units")
         arrays = [labels[(..., *[0] * spatial)] for labels in inputs.labels]
         arrays = [labels.unsqueeze(0) for labels in arrays] if unbatched else arrays
-        inputs = Value(tuple(arrays[0].shape) if arrays else (1 if unbatched else value.shape[0], value.shape[-spatial - 1]), arrays)
+        inputs = Value(
+            tuple(arrays[0].shape) if arrays else (1 if unbatched else value.shape[0], value.shape[-spatial - 1]),
+            arrays,
+        )
         for labels in weight.labels:
             if any(dim >= 2 for dim in varied(labels)):
-                run.atoms.freeze(labels.reshape(-1).unique(), None)
+                run.atoms.freeze(_core(labels).reshape(-1).unique(), None)
         taps = [labels[(..., *[0] * spatial)] for labels in weight.labels if not any(d >= 2 for d in varied(labels))]
         kernel = Value(weight.shape[:2], taps, weight.weight)
         for labels in inputs.labels:
@@ -793,7 +831,7 @@ def _grouped(run: Propagation, inputs: Value, kernel: Value, groups: int, transp
     width = kernel.shape[1] if transposed else kernel.shape[0] // groups
     for labels in kernel.labels:
         if 1 in varied(labels):
-            run.atoms.freeze(labels.reshape(-1).unique(), None)
+            run.atoms.freeze(_core(labels).reshape(-1).unique(), None)
     outer = [labels[:, 0] for labels in kernel.labels if 0 in varied(labels)]
     for labels in outer:
         run.roles[CONSUMER if transposed else PRODUCER].append(labels.unique())
@@ -801,8 +839,14 @@ def _grouped(run: Propagation, inputs: Value, kernel: Value, groups: int, transp
     arrays = [labels for labels in inputs.labels if 1 in varied(labels)]
     if not arrays or not outer:
         for labels in [*arrays, *outer]:
-            run.atoms.freeze(labels.reshape(-1).unique(), f"{run.where()} combines them with what is not cut" if labels in arrays else None)
-        return Value((batch, groups * width), [labels[:, :1].expand(batch, groups * width) for labels in inputs.labels if 1 not in varied(labels)])
+            run.atoms.freeze(
+                _core(labels).reshape(-1).unique(),
+                f"{run.where()} combines them with what is not cut" if labels in arrays else None,
+            )
+        return Value(
+            (batch, groups * width),
+            [labels[:, :1].expand(batch, groups * width) for labels in inputs.labels if 1 not in varied(labels)],
+        )
     lead = outer[0][:, :1]
     run._join_over(outer[0], [1])
     for labels in arrays:
@@ -821,9 +865,9 @@ def _embedding(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     kept = []
     for labels in weight.labels:
         if 0 in varied(labels):
-            run.atoms.freeze(labels.reshape(-1).unique(), None)
+            run.atoms.freeze(_core(labels).reshape(-1).unique(), None)
         else:
-            run.roles[PRODUCER].append(labels.reshape(-1).unique())
+            run.roles[PRODUCER].append(_core(labels).reshape(-1).unique())
             run.size_follows("embedding_dim", labels, 1)
             kept.append(labels[0].expand(shape))
     return Value(shape, kept)
@@ -859,7 +903,9 @@ def _einsum(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     terms, _, out = bound["equation"].replace(" ", "").partition("->")
     inputs = terms.split(",")
     spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in terms]
-    if "->" not in bound["equation"] or any(len(set(t.replace("...", ""))) != len(t.replace("...", "")) for t in inputs):
+    if "->" not in bound["equation"] or any(
+        len(set(t.replace("...", ""))) != len(t.replace("...", "")) for t in inputs
+    ):
         return run._unknown(values, node)  # type: ignore[no-any-return]
     longest = max((len(v.shape) - len(t) + 3 for t, v in zip(inputs, values, strict=True) if "..." in t), default=0)
     extra = "".join(spare[:longest])
@@ -887,7 +933,9 @@ def _attention(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
         for operand in (query, key):
             for labels in operand.labels:
                 if varied(labels) == [last]:
-                    run.atoms.freeze(labels.reshape(-1).unique(), f"{run.where()} is scaled by the width of a head")
+                    run.atoms.freeze(
+                        _core(labels).reshape(-1).unique(), f"{run.where()} is scaled by the width of a head"
+                    )
     if bound.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
         key, value = (
             Value(

@@ -124,30 +124,23 @@ def export(model: nn.Module, inputs: Inputs, plan: Plan, training: bool = False)
 def culprit(model: nn.Module, error: BaseException) -> tuple[str, str]:
     """The innermost module whose code raised an error, and the line it stopped at: ``("layer1.0", "file.py:12")``."""
     names = {id(module): name for name, module in model.named_modules()}
-    found, line = "", ""
-    seen: set[int] = set()
-    chain: list[BaseException] = []
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        chain.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    for one in reversed(chain):
-        trace = one.__traceback__
+    cause: BaseException | None = error
+    while cause is not None:
+        found, line = "", ""
+        trace = cause.__traceback__
         while trace is not None:
             owner = trace.tb_frame.f_locals.get("self")
-            if id(owner) in names and isinstance(owner, nn.Module):
-                if names[id(owner)] or not found:
-                    found = names[id(owner)]
+            if isinstance(owner, nn.Module) and id(owner) in names:
+                found = names[id(owner)]
                 line = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
             trace = trace.tb_next
         if line:
-            break
-    return found, line
+            return found, line
+        cause = cause.__cause__
+    return "", ""
 
 
 def kept_indices(units: Tensor, removed: Tensor) -> Tensor:
     """Indices whose unit is not removed; ``removed`` is a mask over units."""
     gone = removed[units.clamp(min=0)] & (units >= 0)
     return (~gone).nonzero().reshape(-1)
-
-

@@ -64,26 +64,35 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
                 f"{type(error).__name__}: {error}. Nothing was changed. Leave out the groups that this module uses."
             ) from error
     modules = dict(model.named_modules())
-    changes = [(tensors[name], _selected(tensors[name], kept)) for name, kept in plan.kept.items()]
-    before = [(tensor, tensor.data, tensor.grad) for tensor, _ in changes]
+    changes = [(tensors[name], *_selected(tensors[name], kept)) for name, kept in plan.kept.items()]
+    before = [(tensor, tensor.data, tensor.grad) for tensor, *_ in changes]
     sizes = {key: getattr(modules[key[0]], key[1]) for key in plan.sizes}
     try:
-        for tensor, (data, grad) in changes:
-            tensor.grad = None
-            tensor.data = data
-            tensor.grad = grad
+        for tensor, data, grad in changes:
+            _give(tensor, data, grad)
         for (module, attribute), size in plan.sizes.items():
             setattr(modules[module], attribute, size)
         graph.forget(units)
     except BaseException:
         for tensor, data, grad in before:
-            tensor.grad = None
-            tensor.data = data
-            tensor.grad = grad
+            _give(tensor, data, grad)
         for (module, attribute), size in sizes.items():
-            setattr(modules[module], attribute, size)
+            if getattr(modules[module], attribute) != size:
+                setattr(modules[module], attribute, size)
         raise
     return [PruneRecord(name, dim, kept) for name, dims in plan.kept.items() for dim, kept in sorted(dims.items())]
+
+
+def _give(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Puts data of another shape into a tensor that stays the same object."""
+    tensor.grad = None
+    if tensor.requires_grad:
+        # As long as anybody holds a loss of before the cut, autograd goes on expecting gradients of the old shape.
+        # Data of another dtype makes it forget them.
+        other = torch.float16 if data.dtype != torch.float16 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
+    tensor.grad = grad
 
 
 @torch.no_grad()
