@@ -88,7 +88,7 @@ def test_class_information_removes_the_noise():
 
 
 def test_rademacher_weighs_the_response_with_what_reads_it():
-    a = rand(N, 4) * torch.tensor([1.0, 1.0, 3.0, 1.0])
+    a = rand(N, 4) * torch.tensor([1.0, 1.0, 3.0, 1.0]) + torch.tensor([0.0, 0.0, 9.0, 0.0])
     group, parameters = group_of(4), parameters_of(4)
     outgoing = parameters["fc.weight"].view(5, 7, 4)
     outgoing[:, 3:] = 1.0
@@ -97,7 +97,7 @@ def test_rademacher_weighs_the_response_with_what_reads_it():
     scores = CRITERIA["rademacher"](group, Context(parameters, {"conv": [statistics]}))
     assert scores.argmin() == 2
     norms = torch.tensor([1.0, 1.0, 0.2, 1.0]).double() * math.sqrt(20)
-    torch.testing.assert_close(scores, norms * statistics.projections.abs().mean(0) / N)
+    torch.testing.assert_close(scores, norms * statistics.centred_projections().abs().mean(0) / N)
 
 
 def test_l1_adds_the_filters_and_neither_biases_nor_norms():
@@ -127,8 +127,8 @@ def test_random_depends_on_the_seed_and_stays_with_the_unit():
 def test_scores_are_the_mean_over_the_places_where_a_unit_was_seen():
     whole, half = gathered(rand(N, 2)), UnitStatistics(2)
     half.update(10 * rand(N, 1, seed=1), 1, torch.tensor([1]))
-    values = mean_over_places(group_of(2), Context({}, {"conv": [whole, half]}), UnitStatistics.rms)
-    torch.testing.assert_close(values, torch.stack([whole.rms()[0], (whole.rms()[1] + half.rms()[1]) / 2]))
+    values = mean_over_places(group_of(2), Context({}, {"conv": [whole, half]}), UnitStatistics.std)
+    torch.testing.assert_close(values, torch.stack([whole.std()[0], (whole.std()[1] + half.std()[1]) / 2]))
 
 
 @pytest.mark.parametrize(
@@ -268,12 +268,12 @@ def test_rademacher_takes_the_same_share_of_complexity_of_each_layer():
     """A layer that a few units carry gives many, an even one few."""
     few = rand(500, 64) * torch.logspace(0, -3, 64).flip(0)
     statistics = {"few": [gathered(few)], "even": [gathered(rand(500, 64, seed=1))]}
-    scores = {name: places[0].rms() for name, places in statistics.items()}
+    scores = {name: places[0].std() for name, places in statistics.items()}
     removed = units_to_remove(scores, 0.4, split="rademacher", statistics=statistics, round_to=1)
     lost = {}
     for name, gone in removed.items():
         order = scores[name].argsort(stable=True)
-        lost[name] = complexity_lost(statistics[name][0].projections, order)[len(gone)].item()
+        lost[name] = complexity_lost(statistics[name][0].centred_projections(), order)[len(gone)].item()
     assert len(removed["few"]) > 1.3 * len(removed["even"])
     assert lost["few"] == pytest.approx(lost["even"], abs=0.02)
     assert len(removed["few"]) + len(removed["even"]) == 51
@@ -281,7 +281,7 @@ def test_rademacher_takes_the_same_share_of_complexity_of_each_layer():
 
 def test_the_rademacher_split_of_even_layers_is_the_uniform_one():
     statistics = {str(size): [gathered(rand(4000, size, seed=size), projections=128)] for size in (32, 64)}
-    scores = {name: places[0].rms() for name, places in statistics.items()}
+    scores = {name: places[0].std() for name, places in statistics.items()}
     removed = counts(units_to_remove(scores, 0.5, split="rademacher", statistics=statistics, round_to=1))
     assert removed["64"] / removed["32"] == pytest.approx(2.0, abs=0.3)
 
@@ -338,7 +338,7 @@ def test_bad_options_are_refused(options, error):
 
 def test_a_criterion_of_ones_own_is_one_line(monkeypatch):
     own: Callable[[UnitGroup, Context], Tensor] = lambda group, context: mean_over_places(  # noqa: E731
-        group, context, UnitStatistics.rms
+        group, context, UnitStatistics.std
     )
-    monkeypatch.setitem(CRITERIA, "rms", own)
-    assert first_removed("rms", rand(N, 4) * torch.tensor([1.0, 0.1, 1.0, 1.0])) == 1
+    monkeypatch.setitem(CRITERIA, "std", own)
+    assert first_removed("std", rand(N, 4) * torch.tensor([1.0, 0.1, 1.0, 1.0])) == 1

@@ -127,13 +127,24 @@ def test_levels_cover_the_occupied_range(counts, number, lead):
     assert torch.equal(result, levels(torch.tensor(counts).view(1, 1, -1), number).flatten())
 
 
-@pytest.mark.parametrize("shape", ["uniform", "relu"])
-def test_entropy_does_not_depend_on_the_scale(shape):
-    a = torch.rand(4000, 1, dtype=torch.float64) if shape == "uniform" else rand(4000, 1).relu()
-    scales = torch.logspace(-8, 8, 33, base=2.0, dtype=torch.float64) * 1.1
-    values = gathered(a * scales).entropy()
-    assert values.max() - values.min() < 0.12
-    assert values.mean() == pytest.approx(5.0 if shape == "uniform" else 3.0, abs=0.4)
+def test_entropy_is_on_bins_of_one_width():
+    """A unit that hardly moves fills few bins, whatever else is in the group; a common scale of all changes little."""
+    a = torch.rand(4000, 1, dtype=torch.float64) * torch.tensor([1.0, 0.5, 0.25, 1e-3, 0.0]).double()
+    values = gathered(a).entropy()
+    torch.testing.assert_close(values, torch.tensor([7.0, 6.0, 5.0, 0.0, 0.0]).double(), atol=0.05, rtol=0)
+    assert torch.equal(gathered(a * 8).entropy(), values)
+    assert torch.equal(gathered(-a).entropy().round(decimals=1), values.round(decimals=1))
+    scaled = gathered(a * 1.4).entropy()
+    torch.testing.assert_close(scaled[:2] - scaled[1:3], values[:2] - values[1:3], atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.1, 1.9, 1e6])
+def test_class_information_does_not_depend_on_the_scale(scale):
+    labels = torch.randint(3, (4000,))
+    a = torch.stack([labels + 0.5 * rand(4000), labels + 3 * rand(4000)], 1)
+    expected = gathered(a, labels, classes=3).class_information()
+    actual = gathered(a * torch.tensor([scale, 1.0]), labels, classes=3).class_information()
+    torch.testing.assert_close(actual, expected, atol=0.03, rtol=0)
 
 
 # -- Rademacher complexity ------------------------------------------------------------------------------------------
@@ -222,12 +233,23 @@ def test_streamed_complexity_is_that_of_the_fixed_signs_and_close_to_the_expecta
     stats = UnitStatistics(6, projections=128, seed=3)
     for part in a.split(300):
         stats.update(part, 1, torch.arange(6))
-    torch.testing.assert_close(stats.projections, rademacher_signs(0, 2000, 128, seed=3) @ a)
-    torch.testing.assert_close(stats.rms(), a.square().mean(0).sqrt())
+    signs = rademacher_signs(0, 2000, 128, seed=3)
+    torch.testing.assert_close(stats.projections, signs @ a)
+    torch.testing.assert_close(stats.centred_projections(), signs @ (a - a.mean(0)))
+    torch.testing.assert_close(stats.mean(), a.mean(0))
+    torch.testing.assert_close(stats.std(), a.std(0, correction=0))
     # Many samples: the sum is nearly normal, and E|sum| = sqrt(2 / pi) of its standard deviation.
-    expected = stats.rms() / math.sqrt(2000) * math.sqrt(2 / math.pi)
+    expected = stats.std() / math.sqrt(2000) * math.sqrt(2 / math.pi)
     torch.testing.assert_close(stats.rademacher(), expected, rtol=4 * 0.76 / math.sqrt(128), atol=0)
     assert stats.rademacher()[-1] == 0
+
+
+def test_a_constant_has_no_complexity():
+    shifted = gathered(rand(500, 1) + torch.tensor([0.0, 100.0]))
+    torch.testing.assert_close(shifted.rademacher()[0], shifted.rademacher()[1])
+    constant = torch.full((500, 1), 7.0)
+    constant[3] = math.nan
+    assert gathered(constant).rademacher().item() < 1e-12
 
 
 # -- responses ------------------------------------------------------------------------------------------------------
@@ -386,6 +408,7 @@ def test_what_is_not_finite_is_counted_and_left_out(seed, bad, share):
         torch.testing.assert_close(stats.energy[unit], clean.energy[0])
         signs = rademacher_signs(0, 30, 64)[:, good]
         torch.testing.assert_close(stats.projections[:, unit], signs @ a[good, unit].mean(1))
+        assert torch.equal(stats.signs[:, unit], signs.sum(1).int())
 
 
 def test_state_entropy_and_active_share():

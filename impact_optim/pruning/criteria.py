@@ -8,7 +8,7 @@ A criterion is one function ``criterion(group, context) -> scores`` of one group
 
 A criterion of your own is one line, usable at once by its name::
 
-    CRITERIA["energy"] = lambda group, context: mean_over_places(group, context, UnitStatistics.rms)
+    CRITERIA["energy"] = lambda group, context: mean_over_places(group, context, UnitStatistics.std)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Criterion = Callable[[UnitGroup, Context], Tensor]
 def entropy(group: UnitGroup, context: Context) -> Tensor:
     """Entropy of the response over inputs: removes units that answer every input alike.
 
-    See :meth:`UnitStatistics.entropy`. It does not change with the scale of a unit.
+    See :meth:`UnitStatistics.entropy`.
     """
     return mean_over_places(group, context, UnitStatistics.entropy)
 
@@ -74,10 +74,10 @@ def class_information(group: UnitGroup, context: Context) -> Tensor:
 def rademacher(group: UnitGroup, context: Context) -> Tensor:
     r"""Rademacher complexity of what a unit contributes: removes the units whose contributions are simplest.
 
-    .. math:: R_u = \|w_{out, u}\|_2 \cdot \tfrac{1}{n} E_\sigma \Big|\sum_i \sigma_i a_u(x_i)\Big|
+    .. math:: R_u = \|w_{out, u}\|_2 \cdot \tfrac{1}{n} E_\sigma \Big|\sum_i \sigma_i (a_u(x_i) - \bar a_u)\Big|
 
-    of the class :math:`\{x \mapsto b \cdot a_u(x) : |b| \le \|w_{out, u}\|\}`, with w_out the weights that read the
-    unit. It does not change when a unit is scaled and its readers make up for it. See
+    of the class :math:`\{x \mapsto b \, (a_u(x) - \bar a_u) : |b| \le \|w_{out, u}\|\}`, with w_out the weights that
+    read the unit. It does not change when a unit is scaled or shifted and its readers make up for it. See
     :meth:`UnitStatistics.rademacher`.
     """
     if not group.consumers:
@@ -291,7 +291,7 @@ def _height(
     if not any(place.seen.any() for place in places):
         raise ValueError(f'the split "rademacher" needs statistics of {name!r}, and there are none')
     # The same units seen in several places are as good as more vectors of signs.
-    rows = [place.projections / place.seen.clamp_min(1) for place in places]
+    rows = [place.centred_projections() / place.seen.clamp_min(1) for place in places]
     return complexity_lost(torch.cat(rows).cpu(), order)
 
 
