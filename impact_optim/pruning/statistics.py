@@ -456,8 +456,9 @@ class UnitStatistics:
     def rademacher(self) -> Tensor:
         r"""Rademacher complexity of what a unit does beyond a constant.
 
-        It is :math:`\tfrac{1}{n} E_\sigma |\sum_i \sigma_i (a(x_i) - \bar a)|`; see :func:`rademacher_complexity`. By Khintchine's inequality it is between :math:`1 / \sqrt{2n}` and
-        :math:`1 / \sqrt n` times :meth:`std`, up to the error of finitely many vectors of signs.
+        It is :math:`\tfrac{1}{n} E_\sigma |\sum_i \sigma_i (a(x_i) - \bar a)|`; see :func:`rademacher_complexity`. By
+        Khintchine's inequality it is between :math:`1 / \sqrt{2n}` and :math:`1 / \sqrt n` times :meth:`std`, up to the
+        error of finitely many vectors of signs.
         """
         return rademacher_complexity(self.centred_projections().t().unsqueeze(-1), self.seen.clamp_min(1))
 
