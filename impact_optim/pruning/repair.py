@@ -234,11 +234,14 @@ def _cut_copy(copy: nn.Module, cuts: dict[Tensor, _Cut]) -> list[tuple[Tensor, T
 
 
 def select(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
-    """The kept indices of some dimensions, in memory in the order that the tensor has."""
+    """The kept indices of some dimensions, in memory in the order that the tensor has; itself if all are kept."""
     selected = tensor.detach()
     for dim, indices in kept.items():
         selected = selected.index_select(dim, indices.to(tensor.device))
-    if tensor.layout is not torch.strided:
+    if not kept or tensor.layout is not torch.strided:
         return selected
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)  # channels last stays channels last
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if order == sorted(order):
+        return selected
+    # index_select forgets channels last.
     return torch.empty_permuted(selected.shape, order, dtype=tensor.dtype, device=tensor.device).copy_(selected)
