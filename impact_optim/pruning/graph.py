@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, varied
+from .operators import RULES
 from .rehearsal import Inputs, Plan, as_inputs, culprit, export, first_names, forward, kept_indices
 
 
@@ -222,9 +223,9 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
             _extend(run, model, inputs, Plan(), True)
         except RuntimeError as error:
             raise RuntimeError(
-                f"Evaluation does not use {unseen[0]} (of {len(unseen)} parameters that it does not use), and the model "
-                f"cannot be traced in training mode with these inputs. {error} If training does not use them either, "
-                "ignore their modules."
+                f"Evaluation does not use {unseen[0]} (one of {len(unseen)} such parameters), and the model cannot be "
+                f"traced in training mode with these inputs. {error} If training does not use them either, ignore "
+                "their modules."
             ) from error
     for (name, _), labels in axes.items():
         if name in ignored:
@@ -252,7 +253,7 @@ def _propagate(
     names: dict[str, str],
     constants: list[tuple[str, Any]] | None,
 ) -> Propagation:
-    run = Propagation(model, atoms, axes, names, constants)
+    run = Propagation(model, atoms, axes, names, RULES, constants)
     for training in modes:
         _extend(run, model, inputs, plan, training)
     return run
@@ -327,8 +328,8 @@ def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey,
         counted = _along(units(labels), dim)
         if counted is not None and not torch.equal(graph._sizes.setdefault((module, attribute), counted), counted):
             ambiguous.add((module, attribute))
-    for key in ambiguous:
-        del graph._sizes[key]
+    for counter in ambiguous:
+        del graph._sizes[counter]
     for module, where, labels in run.sightings:
         known = units(labels)
         dims = varied(known)

@@ -10,12 +10,11 @@ kept ones compute, it is frozen.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -25,7 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 AxisKey = tuple[str, int]
 """Qualified name of a parameter or buffer, and one of its dimensions."""
 
-MULTIHEAD = (nn.MultiheadAttention,)
 PRODUCER, CONSUMER = "producer", "consumer"
 
 
@@ -64,7 +62,7 @@ class Atoms:
         root = self._parent[known]
         while not torch.equal(root, above := self._parent[root]):
             root = above
-        self._parent[known.reshape(-1)] = root.reshape(-1)
+        self._parent[known.reshape(-1)] = root.reshape(-1)  # shorter paths next time
         return torch.where(atoms < 0, atoms, root)
 
     def join(self, first: Tensor, second: Tensor, reason: str) -> None:
@@ -145,7 +143,7 @@ class Size(NamedTuple):
 
 def varied(labels: Tensor) -> list[int]:
     """The dimensions along which labels differ."""
-    labels = _core(labels)
+    labels = core(labels)
     return [
         dim
         for dim in range(labels.dim())
@@ -153,7 +151,7 @@ def varied(labels: Tensor) -> list[int]:
     ]
 
 
-def _core(labels: Tensor) -> Tensor:
+def core(labels: Tensor) -> Tensor:
     """Labels without the repetitions of their expanded dimensions."""
     for dim in range(labels.dim()):
         if labels.stride(dim) == 0 and labels.size(dim) > 1:
@@ -161,7 +159,7 @@ def _core(labels: Tensor) -> Tensor:
     return labels
 
 
-def _flat(labels: Tensor, *dims: int) -> Tensor:
+def flat(labels: Tensor, *dims: int) -> Tensor:
     """Index 0 along the dimensions, everywhere."""
     shape = labels.shape
     for dim in dims:
@@ -169,10 +167,17 @@ def _flat(labels: Tensor, *dims: int) -> Tensor:
     return labels.expand(shape)
 
 
-def _index0(labels: Tensor, dims: Iterable[int], keepdim: bool = False) -> Tensor:
+def index0(labels: Tensor, dims: Iterable[int], keepdim: bool = False) -> Tensor:
+    """Labels at index 0 of some dimensions."""
     for dim in sorted(dims, reverse=True):
         labels = labels.narrow(dim, 0, 1) if keepdim else labels.select(dim, 0)
     return labels
+
+
+def stretched(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels of another shape, which differs along dimensions where they are constant."""
+    dims = varied(labels)
+    return index0(labels, [dim for dim in range(labels.dim()) if dim not in dims], keepdim=True).expand(shape)
 
 
 def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,6 +196,7 @@ class Propagation:
         atoms: the sets that the labels refer to.
         axes: labels of parameters' and buffers' dimensions; what is missing gets fresh atoms.
         names: any qualified name of a parameter or buffer -> its first name.
+        rules: name of an ATen operator -> what it does to labels.
         constants: numbers in the programs, which a later propagation compares with those it meets.
     """
 
@@ -200,6 +206,7 @@ class Propagation:
         atoms: Atoms,
         axes: dict[AxisKey, Tensor],
         names: dict[str, str],
+        rules: Mapping[str, Rule],
         constants: list[tuple[str, Any]] | None = None,
     ) -> None:
         self.modules = dict(model.named_modules())
@@ -210,7 +217,7 @@ class Propagation:
         self.grids: list[Tensor] = []
         self.constants: list[tuple[str, Any]] = []
         self.used: set[str] = set()
-        self._expected = constants
+        self._rules, self._expected = rules, constants
         self._node: Node | None = None
 
     # -- the walk --
@@ -225,8 +232,8 @@ class Propagation:
                 spec = next(specs)
                 values[node] = self._placeholder(node, spec.kind, spec.target)
             elif node.op == "output":
-                for value in tree_leaves(tree_map_only(Node, values.get, node.args), is_leaf=_is_value):
-                    self._freeze(value, "it is an output of the model")
+                for value in tree_leaves(tree_map_only(Node, values.get, node.args), is_leaf=is_value):
+                    self.freeze(value, "it is an output of the model")
             elif node.op == "call_function":
                 try:
                     values[node] = self._call(node, tree_map_only(Node, values.get, (node.args, node.kwargs)))
@@ -241,12 +248,12 @@ class Propagation:
         while changed:
             changed = False
             for labels in self.grids:
-                labels = self.atoms.find(_core(labels))
+                labels = self.atoms.find(core(labels))
                 dims = varied(labels)
                 if len(dims) < 2 or self.atoms.are_frozen(labels):
                     continue
                 keep = max(dims, key=lambda dim: labels.size(dim))
-                self._join_over(labels, [dim for dim in dims if dim != keep])
+                self.join_over(labels, [dim for dim in dims if dim != keep])
                 changed = True
 
     def module(self) -> str:
@@ -256,9 +263,10 @@ class Propagation:
 
     def where(self) -> str:
         """The current operator and its module, for people."""
-        return f"{self._name()} in {self.module() or 'the model'}"
+        return f"{self.operator()} in {self.module() or 'the model'}"
 
-    def _name(self) -> str:
+    def operator(self) -> str:
+        """The current operator's name."""
         target = self._node.target if self._node else ""
         return target._schema.name if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
 
@@ -281,16 +289,16 @@ class Propagation:
             along = [1] * len(shape)
             along[dim] = size
             labels.append(self.axes[name, dim].reshape(along).expand(shape))
-        return Value(shape, self._tidy(labels))
+        return Value(shape, self.tidy(labels))
 
     def _call(self, node: Node, inputs: tuple[Any, Any]) -> Any:
         args, kwargs = inputs
         if node.target is operator.getitem:
             return args[0][args[1]]
-        given = [value for value in tree_leaves(inputs, is_leaf=_is_value) if _is_value(value)]
+        given = [value for value in tree_leaves(inputs, is_leaf=is_value) if is_value(value)]
         result: Any
         if not isinstance(node.target, torch._ops.OpOverload):
-            result = self._unknown(given, node)
+            result = self.unknown(given, node)
         else:
             name = node.target._schema.name.removeprefix("aten::")
             in_place = name.endswith("_") and not name.endswith("__")
@@ -299,13 +307,12 @@ class Propagation:
             if self._in_multihead(node):
                 # Its forward computes the width of a head from embed_dim, which is the width of the input as well.
                 for value in given:
-                    self._freeze(
-                        value if not value.weight else None, "nn.MultiheadAttention derives its sizes from embed_dim"
-                    )
-            self._note_constants(name, bound)
-            rule = RULES.get(name)
-            result = rule(self, bound, node) if rule else self._unknown(given, node)
-            if in_place and isinstance(result, Value) and _is_value(bound.get("self")):
+                    if not value.weight:
+                        self.freeze(value, "nn.MultiheadAttention derives its sizes from embed_dim")
+            self._note_constants(name, bound, _numbers(node.target, bound))
+            rule = self._rules.get(name)
+            result = rule(self, bound, node) if rule else self.unknown(given, node)
+            if in_place and isinstance(result, Value) and is_value(bound.get("self")):
                 self._written(bound["self"], result)
         weight = all(value.weight for value in given)
         for value in result if isinstance(result, list) else [result]:
@@ -315,36 +322,33 @@ class Propagation:
                     self._note_sizes(value)
         return result
 
-    def _unknown(self, given: list[Value], node: Node) -> Any:
+    def unknown(self, given: list[Value], node: Node) -> Any:
+        """Freezes what reaches an operator that nothing is known about."""
         for value in given:
-            self._freeze(value, f"{self.where()} has no rule")
-        return _blank(node)
+            self.freeze(value, f"{self.where()} has no rule")
+        return blank(node)
 
     def _in_multihead(self, node: Node) -> bool:
         stack = (node.meta.get("nn_module_stack") or {}).values()
-        return any(isinstance(self.modules.get(name.split("@")[0]), MULTIHEAD) for name, _ in stack)
+        return any(isinstance(self.modules.get(name.split("@")[0]), nn.MultiheadAttention) for name, _ in stack)
 
     def _written(self, target: Value, result: Value) -> None:
         # Other names of the same memory are not told what has been written into it.
         covered = {dim for labels in target.labels for dim in varied(labels)}
         for labels in result.labels:
             if not covered.issuperset(varied(labels)):
-                self.atoms.freeze(_core(labels).reshape(-1), f"{self.where()} writes them into another tensor")
+                self.freeze(labels, f"{self.where()} writes them into another tensor")
 
-    def _note_constants(self, name: str, bound: dict[str, Any]) -> None:
-        kinds = (int, float) if name in ELEMENTWISE else float
-        numbers = [value for value in bound.values() if isinstance(value, kinds) and not isinstance(value, bool)]
+    def _note_constants(self, name: str, bound: dict[str, Any], numbers: list[Any]) -> None:
+        """Compares the operators and their numbers with those of the program before the cut."""
         position = len(self.constants)
         self.constants.append((name, numbers))
         if self._expected is None:
             return
-        expected = self._expected[position] if position < len(self._expected) else ("", [])
-        if expected != (name, numbers):
-            units = [
-                _core(labels).reshape(-1) for value in bound.values() if _is_value(value) for labels in value.labels
-            ]
-            kept = torch.cat(units).unique() if units else torch.empty(0, dtype=torch.int64)
-            raise Mismatch(kept[kept >= 0], "the program's constants or operators depend on the number of units")
+        if position >= len(self._expected) or self._expected[position] != (name, numbers):
+            atoms = [core(labels).reshape(-1) for value in bound.values() if is_value(value) for labels in value.labels]
+            units = torch.cat(atoms).unique() if atoms else torch.empty(0, dtype=torch.int64)
+            raise Mismatch(units[units >= 0], "the program's constants or operators depend on the number of units")
 
     def _note_sizes(self, value: Value) -> None:
         stack = list((self._node.meta.get("nn_module_stack") or {}).values()) if self._node else []
@@ -369,38 +373,40 @@ class Propagation:
 
     # -- what the rules are made of --
 
-    def _freeze(self, value: Any, reason: str | None) -> None:
-        for labels in value.labels if _is_value(value) else []:
-            self.atoms.freeze(_core(labels).reshape(-1).unique(), reason)
+    def freeze(self, what: Any, reason: str | None) -> None:
+        """Freezes all atoms of a tensor, or those of one of its labels; anything else has none."""
+        for labels in what.labels if is_value(what) else [what] if isinstance(what, Tensor) else []:
+            self.atoms.freeze(core(labels).reshape(-1).unique(), reason)
 
-    def _tidy(self, labels: Iterable[Tensor]) -> list[Tensor]:
+    def tidy(self, labels: Iterable[Tensor]) -> list[Tensor]:
         """Labels with their constant dimensions expanded, those that say nothing left out."""
         kept = []
         for array in labels:
             dims = varied(array)
-            array = _flat(array, *(dim for dim in range(array.dim()) if dim not in dims))
+            array = flat(array, *(dim for dim in range(array.dim()) if dim not in dims))
             if not dims:
                 if array.numel() and not self.atoms.fixed:
                     self.atoms.freeze(array.reshape(-1)[:1], f"{self.where()} picks out a single index")
             elif len(dims) == 1:
                 kept.append(array)
-            elif not self.atoms.are_frozen(_core(array)):
+            elif not self.atoms.are_frozen(core(array)):
                 kept.append(array)
-                self._grid(array)
+                self.grid(array)
         return kept
 
-    def _grid(self, labels: Tensor) -> None:
+    def grid(self, labels: Tensor) -> None:
         """Notes that labels must stay a product of index sets, one for each dimension."""
         if not self.atoms.fixed:
             self.grids.append(labels)
-        elif len(dims := varied(labels)) > 1 and (_core(labels) >= 0).any():
-            kept = _core(labels).unique()
+        elif len(dims := varied(labels)) > 1 and (core(labels) >= 0).any():
+            kept = core(labels).unique()
             raise Mismatch(kept[kept >= 0], f"units differ along dimensions {dims}")
 
-    def _join_over(self, labels: Tensor, dims: Sequence[int]) -> None:
-        self.atoms.join(*_pair(labels, _flat(labels, *dims)), f"{self.where()} ties them to what is not cut")
+    def join_over(self, labels: Tensor, dims: Sequence[int]) -> None:
+        """Joins what differs along some dimensions only."""
+        self.atoms.join(*_pair(labels, flat(labels, *dims)), f"{self.where()} ties them to what is not cut")
 
-    def _mix(self, value: Value, dims: Iterable[int], reason: str) -> Value:
+    def mix(self, value: Value, dims: Iterable[int], why: str = "mixes the units") -> Value:
         """Labels along dimensions whose elements an operator mixes: only what is the same along them can be cut."""
         mixed = {dim % max(len(value.shape), 1) for dim in dims}
         kept = []
@@ -410,13 +416,13 @@ class Propagation:
             if not over:
                 kept.append(labels)
             elif rest:
-                self._join_over(labels, over)
-                kept.append(_flat(labels, *over))
+                self.join_over(labels, over)
+                kept.append(flat(labels, *over))
             else:
-                self.atoms.freeze(_core(labels).reshape(-1).unique(), reason)
+                self.freeze(labels, f"{self.where()} {why}")
         return Value(value.shape, kept, value.weight)
 
-    def _combine(self, shape: Sequence[int], values: Iterable[Value]) -> Value:
+    def combine(self, shape: Sequence[int], values: Iterable[Value]) -> Value:
         """Elementwise: what meets after broadcasting is cut together."""
         shape, found = tuple(shape), list[Tensor]()
         spread = []
@@ -441,12 +447,10 @@ class Propagation:
             for arrays, fixed in spread:
                 missing = fixed.intersection(varied(labels)) - {dim for array in arrays for dim in varied(array)}
                 if missing:
-                    self.atoms.freeze(
-                        _core(labels).reshape(-1).unique(), f"{self.where()} combines them with what is not cut"
-                    )
+                    self.freeze(labels, f"{self.where()} combines them with what is not cut")
         return Value(shape, found)
 
-    def _contract(self, first: Value, second: Value, letters: tuple[str, str, str]) -> Value:
+    def contract(self, first: Value, second: Value, letters: tuple[str, str, str]) -> Value:
         """A product summed over the letters that the result lacks, as in einsum."""
         one, two, out = letters
         weight = second if second.weight else first if first.weight else None
@@ -454,7 +458,7 @@ class Propagation:
             axes = two if weight is second else one
             for labels in weight.labels:
                 inner = [axes[dim] not in out for dim in varied(labels)]
-                self.roles[CONSUMER if all(inner) else PRODUCER].append(_core(labels).reshape(-1).unique())
+                self.roles[CONSUMER if all(inner) else PRODUCER].append(core(labels).reshape(-1).unique())
         joint = "".join(dict.fromkeys(one + two))
         sizes = dict(zip(one, first.shape, strict=True))
         for letter, size in zip(two, second.shape, strict=True):
@@ -469,20 +473,21 @@ class Propagation:
                     arrays = [labels.unsqueeze(dim) for labels in arrays]
             return Value(tuple(shape), arrays)
 
-        product = self._combine([sizes[letter] for letter in joint], [placed(first, one), placed(second, two)])
+        product = self.combine([sizes[letter] for letter in joint], [placed(first, one), placed(second, two)])
         summed = [dim for dim, letter in enumerate(joint) if letter not in out]
         kept = []
         for labels in product.labels:
             over, rest = [d for d in varied(labels) if d in summed], [d for d in varied(labels) if d not in summed]
             if over and rest:
-                self._join_over(labels, over)
+                self.join_over(labels, over)
             if rest:
-                labels = _index0(labels, summed)
+                labels = index0(labels, summed)
                 order = [letter for letter in joint if letter in out]
                 kept.append(labels.permute([order.index(letter) for letter in out]))
-        return Value(tuple(sizes[letter] for letter in out), self._tidy(kept))
+        return Value(tuple(sizes[letter] for letter in out), self.tidy(kept))
 
-    def _see(self, where: str, value: Value, *kinds: type[nn.Module]) -> None:
+    def see(self, where: str, value: Value, *kinds: type[nn.Module]) -> None:
+        """Notes that a hook of the current layer sees a tensor."""
         if isinstance(self.modules.get(self.module()), kinds):
             for labels in value.labels:
                 self.sightings.append(Sighting(self.module(), where, labels))
@@ -491,7 +496,8 @@ class Propagation:
 Rule = Callable[[Propagation, dict[str, Any], Node], Any]
 
 
-def _is_value(value: Any) -> bool:
+def is_value(value: Any) -> bool:
+    """Where to stop when walking through arguments."""
     return isinstance(value, Value)
 
 
@@ -504,11 +510,18 @@ def _bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, 
     return bound
 
 
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(int(size) for size in node.meta["val"].shape)
+def _numbers(target: torch._ops.OpOverload, bound: Mapping[str, Any]) -> list[Any]:
+    """Arguments that enter the arithmetic; sizes, dimensions and positions are integers in the schema."""
+    kinds = {argument.name: str(argument.type).lower() for argument in target._schema.arguments}
+    return [
+        value
+        for name, value in bound.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "int" not in kinds.get(name, "")
+    ]
 
 
-def _blank(node: Node) -> Any:
+def blank(node: Node) -> Any:
+    """The result of an operator, without labels."""
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
         return [Value(tuple(getattr(item, "shape", ()))) for item in value]
@@ -517,517 +530,10 @@ def _blank(node: Node) -> Any:
 
 def _counts_units(attribute: str) -> bool:
     words = attribute.lower().strip("_").split("_")
-    return bool(COUNTED.intersection(words)) and not {"kernel", "stride", "group", "groups"}.intersection(words)
+    return bool(_COUNTED.intersection(words)) and not {"kernel", "stride", "group", "groups"}.intersection(words)
 
 
-COUNTED = {
+_COUNTED = {
     "heads", "head", "nhead", "channels", "chans", "features", "dim", "dims", "size", "width", "hidden", "inner",
     "planes", "c", "ch", "filters", "units",
 }  # fmt: skip
-
-
-# -- the rules --
-
-
-def _elementwise(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    values = [value for value in tree_leaves(list(bound.values()), is_leaf=_is_value) if _is_value(value)]
-    result = run._combine(_shape(node), values)
-    result.uniform = all(value.uniform or not value.shape for value in values)
-    return result
-
-
-def _created(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    return Value(_shape(node), uniform=True)
-
-
-def _plain(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
-    return _blank(node)
-
-
-def _moved(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
-    """Runs an operator that only moves data on the labels."""
-    value = bound["self"]
-    rest = {name: argument for name, argument in bound.items() if name != "self"}
-    results = [node.target(self=labels, **rest) for labels in value.labels]  # type: ignore[operator]
-    if isinstance(node.meta["val"], (tuple, list)):
-        blank = _blank(node)
-        return [
-            Value(part.shape, run._tidy(result[i] for result in results), uniform=value.uniform)
-            for i, part in enumerate(blank)
-        ]
-    return Value(_shape(node), run._tidy(results), uniform=value.uniform)
-
-
-def _reshaped(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, shape = bound["self"], _shape(node)
-    return Value(shape, run._tidy(labels.reshape(shape) for labels in value.labels), uniform=value.uniform)
-
-
-def _expanded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, shape = bound["self"], _shape(node)
-    return Value(shape, run._tidy(labels.broadcast_to(shape) for labels in value.labels), uniform=value.uniform)
-
-
-def _divided(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
-    """Equal parts: the code that divides a dimension by a number keeps dividing it evenly."""
-    value, dim = bound["self"], bound.get("dim", 0)
-    sizes = [part.shape[dim] for part in node.meta["val"]]
-    if len(set(sizes)) == 1 and len(sizes) > 1:
-        for labels in value.labels:
-            run._grid(labels.unflatten(dim, (len(sizes), sizes[0])))
-    return _moved(run, bound, node)
-
-
-def _joined(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    shape, dim = _shape(node), bound.get("dim", 0)
-    values = [value for value in bound["tensors"] if value.shape != (0,)]
-    dim %= len(shape)
-    if len(values[0].shape) < len(shape):  # stack
-        values = [
-            Value((*v.shape[:dim], 1, *v.shape[dim:]), [a.unsqueeze(dim) for a in v.labels], uniform=v.uniform)
-            for v in values
-        ]
-    across, along = [], []
-    for value in values:
-        ours = [labels for labels in value.labels if dim in varied(labels)]
-        for labels in ours[1:]:
-            run.atoms.freeze(_core(labels).reshape(-1).unique(), f"{run.where()} joins a doubly labelled tensor")
-        along.append(ours[0] if ours else torch.tensor(-1).expand(value.shape))
-        rest = [_index0(labels, [dim], keepdim=True) for labels in value.labels if dim not in varied(labels)]
-        ours = [_index0(labels, [dim], keepdim=True) for labels in ours]
-        covered = Value(value.shape[:dim] + (1,) + value.shape[dim + 1 :], rest, uniform=value.uniform)
-        across.append((covered, {d for labels in ours for d in varied(labels)}))
-    common = run._combine(shape[:dim] + (1,) + shape[dim + 1 :], [value for value, _ in across])
-    return Value(shape, run._tidy([torch.cat(along, dim), *(labels.expand(shape) for labels in common.labels)]))
-
-
-def _padded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, shape = bound["self"], _shape(node)
-    rank, amounts = len(value.shape), bound.get("pad", bound.get("padding"))
-    kept = []
-    for labels in value.labels:
-        padding: list[int] = []
-        for dim in range(rank - 1, rank - 1 - len(amounts) // 2, -1):
-            before, after = amounts[2 * (rank - 1 - dim) : 2 * (rank - dim)]
-            if dim in varied(labels) and (before or after):
-                if bound.get("mode", "constant") != "constant" or run._name() not in (
-                    "aten::pad",
-                    "aten::constant_pad_nd",
-                ):
-                    run.atoms.freeze(_core(labels).reshape(-1).unique(), f"{run.where()} repeats them")
-                padding += [before, after]
-            else:
-                labels = (
-                    labels.narrow(dim, 0, 1).expand(*shape_with(labels, dim, shape[dim]))
-                    if dim not in varied(labels)
-                    else labels
-                )
-                padding += [0, 0]
-        kept.append(F.pad(labels, padding, value=-1))
-    return Value(shape, run._tidy(kept))
-
-
-def shape_with(labels: Tensor, dim: int, size: int) -> list[int]:
-    """The shape of labels with one size replaced."""
-    shape = list(labels.shape)
-    shape[dim] = size
-    return shape
-
-
-def _indexed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    """Indexing by tensors: the indexed dimensions cannot be cut, the others are carried along."""
-    value, shape = bound["self"], _shape(node)
-    name = run._name()
-    if name == "aten::index":
-        indices = bound["indices"]
-        dims = [dim for dim, index in enumerate(indices) if index is not None]
-    else:
-        indices, dims = [bound["index"]], [bound["dim"]]
-    for index in indices:
-        run._freeze(index, f"{run.where()} uses them as an index")
-    value = run._mix(value, dims, f"{run.where()} picks them by number")
-    if name == "aten::index":
-        probe = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
-        kept = [torch.ops.aten.index.Tensor(labels, probe) for labels in value.labels]
-    elif name == "aten::index_select":
-        probe = torch.zeros(indices[0].shape, dtype=torch.int64)
-        kept = [labels.index_select(dims[0], probe) for labels in value.labels]
-    else:  # gather and its like: one index for each element
-        kept = []
-        for labels in value.labels:
-            if any(labels.size(dim) != shape[dim] for dim in varied(labels)):
-                run.atoms.freeze(_core(labels).reshape(-1).unique(), f"{run.where()} picks them by number")
-            else:
-                kept.append(
-                    _flat(labels, *dims)[
-                        tuple(slice(0, 1) if d not in varied(labels) else slice(None) for d in range(labels.dim()))
-                    ].expand(shape)
-                )
-        return run._combine(shape, [Value(shape, kept), indices[0]])
-    return Value(shape, run._tidy(kept))
-
-
-def _reduced(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
-    value = bound["self"]
-    dims = bound.get("dim")
-    rank = len(value.shape)
-    dims = list(range(rank)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
-    dims = sorted({dim % max(rank, 1) for dim in dims})
-    result = run._mix(value, dims, f"{run.where()} mixes the units")
-    blank = _blank(node)
-    keepdim = len((blank[0] if isinstance(blank, list) else blank).shape) == rank
-    kept = run._tidy(_index0(labels, dims, keepdim) for labels in result.labels)
-    if isinstance(blank, list):
-        return [Value(part.shape, list(kept)) for part in blank]
-    return Value(blank.shape, kept)
-
-
-def _mixed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    dims = bound.get("dim", -1)
-    return run._mix(bound["self"], [dims] if isinstance(dims, int) else dims, f"{run.where()} mixes the units")
-
-
-def _chosen(run: Propagation, bound: dict[str, Any], node: Node) -> list[Value]:
-    """topk, sort: the order along a dimension depends on all of it."""
-    dim = bound.get("dim", -1)
-    result = run._mix(bound["self"], [dim], f"{run.where()} compares the units")
-    return [
-        Value(part.shape, run._tidy(labels.narrow(dim, 0, 1).expand(part.shape) for labels in result.labels))
-        for part in _blank(node)
-    ]
-
-
-def _local(spatial: int) -> Rule:
-    """Pooling and interpolation: the last dimensions are mixed and change their size."""
-
-    def rule(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
-        value = bound.get("self", bound.get("input"))
-        dims = range(len(value.shape) - spatial, len(value.shape))
-        result = run._mix(value, dims, f"{run.where()} mixes the units")
-        parts = _blank(node)
-        outputs = [
-            Value(part.shape, [_index0(labels, dims, keepdim=True).expand(part.shape) for labels in result.labels])
-            for part in (parts if isinstance(parts, list) else [parts])
-        ]
-        return outputs if isinstance(parts, list) else outputs[0]
-
-    return rule
-
-
-def _channels(value: Value | None, rank: int, dim: int = 1) -> list[Value]:
-    """A per-channel vector, placed to be broadcast against a tensor of ``rank`` dimensions."""
-    if value is None:
-        return []
-    after = [1] * (rank - 1 - dim)
-    return [Value((*value.shape, *after), [labels.reshape(-1, *after) for labels in value.labels])]
-
-
-def _normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value = bound["input"]
-    rank = len(value.shape)
-    value = run._mix(value, [dim for dim in range(rank) if dim != 1], f"{run.where()} mixes the units")
-    vectors = [bound[name] for name in ("weight", "bias", "running_mean", "running_var")]
-    result = run._combine(value.shape, [value, *(v for vector in vectors for v in _channels(vector, rank))])
-    for labels in result.labels:
-        run.size_follows("num_features", labels, 1)
-    run._see("output", result, nn.Module)
-    return result
-
-
-def _group_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, groups = bound["input"], bound["num_groups"]
-    rank = len(value.shape)
-    value = run._mix(value, range(2, rank), f"{run.where()} mixes the units")
-    result = run._combine(value.shape, [value, *_channels(bound["weight"], rank), *_channels(bound["bias"], rank)])
-    for labels in result.labels:
-        grouped = _index0(labels, range(2, rank)).unflatten(1, (groups, -1))
-        if groups == 1 and 1 in varied(labels):
-            run.atoms.freeze(_core(labels).reshape(-1).unique(), f"{run.where()} mixes the units")
-        run._join_over(grouped, [2])
-        run.size_follows("num_channels", labels, 1)
-        run.size_follows("num_groups", grouped.select(2, 0), 1)
-    return result
-
-
-def _layer_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value = bound["input"]
-    rank = len(value.shape)
-    dims = range(rank - len(bound["normalized_shape"]), rank)
-    value = run._mix(value, dims, f"{run.where()} mixes the units")
-    affine = [bound[name] for name in ("weight", "bias") if bound.get(name) is not None]
-    for vector in affine:
-        run._freeze(vector, None)
-    return value
-
-
-def _prelu(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, weight = bound["self"], bound["weight"]
-    rank = len(value.shape)
-    if weight.shape == (1,) or rank < 2:
-        return run._combine(value.shape, [value, weight])
-    result = run._combine(value.shape, [value, *_channels(weight, rank)])
-    for labels in result.labels:
-        run.size_follows("num_parameters", labels, 1)
-    return result
-
-
-def _linear(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, weight, bias = bound["input"], bound["weight"], bound["bias"]
-    run._see("input", value, nn.Linear)
-    for labels in value.labels:
-        run.size_follows("in_features", labels, labels.dim() - 1)
-    free = "abcdefgh"[: len(value.shape) - 1]
-    result = run._contract(
-        value, weight, (free + "k", "ok"[2 - len(weight.shape) :], free + "o"[2 - len(weight.shape) :])
-    )
-    if bias is not None:
-        result = run._combine(result.shape, [result, bias])
-    for labels in result.labels:
-        run.size_follows("out_features", labels, labels.dim() - 1)
-    run._see("output", result, nn.Linear)
-    return result
-
-
-def _convolution(transposed: bool) -> Rule:
-    def rule(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-        value, weight, bias, groups = bound["input"], bound["weight"], bound["bias"], bound["groups"]
-        shape, spatial = _shape(node), len(weight.shape) - 2
-        unbatched = len(value.shape) == spatial + 1
-        run._see("input", value, nn.modules.conv._ConvNd)
-        inputs = run._mix(value, range(len(value.shape) - spatial, len(value.shape)), f"{run.where()} mixes the units")
-        arrays = [labels[(..., *[0] * spatial)] for labels in inputs.labels]
-        arrays = [labels.unsqueeze(0) for labels in arrays] if unbatched else arrays
-        inputs = Value(
-            tuple(arrays[0].shape) if arrays else (1 if unbatched else value.shape[0], value.shape[-spatial - 1]),
-            arrays,
-        )
-        for labels in weight.labels:
-            if any(dim >= 2 for dim in varied(labels)):
-                run.atoms.freeze(_core(labels).reshape(-1).unique(), None)
-        taps = [labels[(..., *[0] * spatial)] for labels in weight.labels if not any(d >= 2 for d in varied(labels))]
-        kernel = Value(weight.shape[:2], taps, weight.weight)
-        for labels in inputs.labels:
-            run.size_follows("in_channels", labels, 1)
-        if groups == 1:
-            inputs.weight = value.weight
-            result = run._contract(inputs, kernel, ("nk", "ko" if transposed else "ok", "no"))
-        else:
-            result = _grouped(run, inputs, kernel, groups, transposed)
-        if bias is not None:
-            result = run._combine(result.shape, [result, bias])
-        for labels in result.labels:
-            run.size_follows("out_channels", labels, 1)
-        arrays = [labels.reshape(*labels.shape, *[1] * spatial) for labels in result.labels]
-        result = Value(shape, [(labels[0] if unbatched else labels).expand(shape) for labels in arrays])
-        run._see("output", result, nn.modules.conv._ConvNd)
-        return result
-
-    return rule
-
-
-def _grouped(run: Propagation, inputs: Value, kernel: Value, groups: int, transposed: bool) -> Value:
-    """A group of the convolution, its input and its output channels, is one unit: each reads nothing but its own."""
-    batch, channels = inputs.shape
-    width = kernel.shape[1] if transposed else kernel.shape[0] // groups
-    for labels in kernel.labels:
-        if 1 in varied(labels):
-            run.atoms.freeze(_core(labels).reshape(-1).unique(), None)
-    outer = [labels[:, 0] for labels in kernel.labels if 0 in varied(labels)]
-    for labels in outer:
-        run.roles[CONSUMER if transposed else PRODUCER].append(labels.unique())
-    outer = [labels.unflatten(0, (groups, -1)) for labels in outer]
-    arrays = [labels for labels in inputs.labels if 1 in varied(labels)]
-    if not arrays or not outer:
-        for labels in [*arrays, *outer]:
-            run.atoms.freeze(
-                _core(labels).reshape(-1).unique(),
-                f"{run.where()} combines them with what is not cut" if labels in arrays else None,
-            )
-        return Value(
-            (batch, groups * width),
-            [labels[:, :1].expand(batch, groups * width) for labels in inputs.labels if 1 not in varied(labels)],
-        )
-    lead = outer[0][:, :1]
-    run._join_over(outer[0], [1])
-    for labels in arrays:
-        run._join_over(labels, [0])
-        grouped = labels[0].unflatten(0, (groups, -1))
-        run._join_over(grouped, [1])
-        run.atoms.join(grouped, lead.expand_as(grouped), f"{run.where()} combines them with what is not cut")
-    run.size_follows("groups", lead[:, 0], 0)
-    out = outer[0] if not transposed else lead.expand(groups, width)
-    return Value((batch, groups * width), [out.reshape(1, -1).expand(batch, -1)])
-
-
-def _embedding(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    weight, shape = bound["weight"], _shape(node)
-    run._freeze(bound["indices"], f"{run.where()} uses them as an index")
-    kept = []
-    for labels in weight.labels:
-        if 0 in varied(labels):
-            run.atoms.freeze(_core(labels).reshape(-1).unique(), None)
-        else:
-            run.roles[PRODUCER].append(_core(labels).reshape(-1).unique())
-            run.size_follows("embedding_dim", labels, 1)
-            kept.append(labels[0].expand(shape))
-    return Value(shape, kept)
-
-
-def _matmul(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    first = bound.get("self", bound.get("input"))
-    second = next(bound[name] for name in ("mat2", "other", "vec", "tensor") if name in bound)
-    return _product(run, first, second)
-
-
-def _product(run: Propagation, first: Value, second: Value) -> Value:
-    one, two = len(first.shape), len(second.shape)
-    batch = "abcdefgh"[: max(one, two, 2) - 2]
-    left = ("n" if one > 1 else "") + "k"
-    right = "k" + ("m" if two > 1 else "")
-    letters = (
-        (batch[len(batch) - max(one - 2, 0) :] if one > 2 else "") + left,
-        (batch[len(batch) - max(two - 2, 0) :] if two > 2 else "") + right,
-        batch + left[:-1] + right[1:],
-    )
-    return run._contract(first, second, letters)
-
-
-def _added_matmul(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    names = ("mat1", "mat2") if "mat1" in bound else ("batch1", "batch2") if "batch1" in bound else ("mat", "vec")
-    product = _product(run, bound[names[0]], bound[names[1]])
-    return run._combine(product.shape, [product, bound["self"]])
-
-
-def _einsum(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    values = list(bound["tensors"])
-    terms, _, out = bound["equation"].replace(" ", "").partition("->")
-    inputs = terms.split(",")
-    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in terms]
-    if "->" not in bound["equation"] or any(
-        len(set(t.replace("...", ""))) != len(t.replace("...", "")) for t in inputs
-    ):
-        return run._unknown(values, node)  # type: ignore[no-any-return]
-    longest = max((len(v.shape) - len(t) + 3 for t, v in zip(inputs, values, strict=True) if "..." in t), default=0)
-    extra = "".join(spare[:longest])
-    inputs = [
-        term.replace("...", extra[len(extra) - (len(value.shape) - len(term) + 3) :] if "..." in term else "")
-        for term, value in zip(inputs, values, strict=True)
-    ]
-    out = out.replace("...", extra)
-    total, letters = values[0], inputs[0]
-    for position, (value, term) in enumerate(zip(values[1:], inputs[1:], strict=True), start=1):
-        later = out + "".join(inputs[position + 1 :])
-        kept = "".join(dict.fromkeys(letter for letter in letters + term if letter in later))
-        total, letters = run._contract(total, value, (letters, term, kept)), kept
-    summed = [dim for dim, letter in enumerate(letters) if letter not in out]
-    total = run._mix(total, summed, f"{run.where()} mixes the units") if summed else total
-    order = [letter for letter in letters if letter in out]
-    kept_labels = [_index0(a, summed).permute([order.index(letter) for letter in out]) for a in total.labels]
-    return Value(_shape(node), run._tidy(kept_labels))
-
-
-def _attention(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    query, key, value = bound["query"], bound["key"], bound["value"]
-    last = len(query.shape) - 1
-    if bound.get("scale") is None:
-        for operand in (query, key):
-            for labels in operand.labels:
-                if varied(labels) == [last]:
-                    run.atoms.freeze(
-                        _core(labels).reshape(-1).unique(), f"{run.where()} is scaled by the width of a head"
-                    )
-    if bound.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
-        key, value = (
-            Value(
-                (*v.shape[:-3], query.shape[-3], *v.shape[-2:]),
-                run._tidy(labels.repeat_interleave(query.shape[-3] // v.shape[-3], dim=-3) for labels in v.labels),
-            )
-            for v in (key, value)
-        )
-    batch = "abcdefgh"[: last - 1]
-    scores = run._contract(query, key, (batch + "nd", batch + "md", batch + "nm"))
-    if bound.get("attn_mask") is not None:
-        scores = run._combine(scores.shape, [scores, bound["attn_mask"]])
-    scores = run._mix(scores, [last], f"{run.where()} mixes the units")
-    return run._contract(scores, value, (batch + "nm", batch + "me", batch + "ne"))
-
-
-def _glu(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, dim = bound["self"], bound["dim"]
-    for labels in value.labels:
-        run._grid(labels.unflatten(dim, (2, -1)))
-    halves = [[labels.chunk(2, dim)[i] for labels in value.labels] for i in (0, 1)]
-    shape = _shape(node)
-    return run._combine(shape, [Value(shape, run._tidy(half)) for half in halves])
-
-
-def _unfolded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    """im2col: every channel becomes one row for each tap of the kernel."""
-    value, shape = run._mix(bound["self"], (-1, -2), f"{run.where()} mixes the units"), _shape(node)
-    taps = bound["kernel_size"][0] * bound["kernel_size"][1]
-    kept = [labels[..., 0, 0].repeat_interleave(taps, -1).unsqueeze(-1).expand(shape) for labels in value.labels]
-    return Value(shape, run._tidy(kept))
-
-
-ELEMENTWISE = set(
-    """
-    abs absolute neg negative positive exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sign sgn sin cos tan
-    asin acos atan atan2 sinh cosh tanh asinh acosh atanh erf erfc erfinv sigmoid log_sigmoid logit relu relu6 leaky_relu elu
-    selu celu gelu silu mish hardtanh hardsigmoid hardswish hardshrink softshrink tanhshrink softplus softsign threshold
-    clamp clamp_min clamp_max clip round floor ceil trunc frac fix nan_to_num isnan isinf isfinite rrelu
-    add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow maximum minimum fmax fmin addcmul addcdiv lerp
-    eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor
-    where masked_fill fill copy zero dropout feature_dropout alpha_dropout feature_alpha_dropout bernoulli native_dropout
-    clone contiguous detach alias to _to_copy type_as float double half bfloat16 int long bool lift_fresh_copy lift_fresh
-    detach_copy alias_copy heaviside hypot xlogy logaddexp data requires_grad
-    __and__ __or__ __xor__ __iand__ __ior__
-    """.split()
-)
-CREATED = """zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty
-    rand rand_like randn randn_like scalar_tensor""".split()
-PLAIN = "arange linspace eye tril_indices triu_indices tensor randint randperm sym_size".split()
-RESHAPED = """view reshape flatten unflatten squeeze unsqueeze view_as reshape_as _unsafe_view ravel atleast_1d
-    atleast_2d atleast_3d""".split()
-EXPANDED = "expand expand_as broadcast_to".split()
-MOVED = """permute transpose swapaxes swapdims movedim moveaxis t numpy_T mT adjoint slice select narrow split_with_sizes
-    unbind roll flip fliplr flipud rot90 repeat tile repeat_interleave unfold pixel_shuffle pixel_unshuffle channel_shuffle
-    tensor_split""".split()
-REDUCED = """sum mean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin
-    median mode count_nonzero nansum nanmean aminmax""".split()
-MIXED = "softmax log_softmax _softmax _log_softmax cumsum cumprod logcumsumexp".split()
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(CREATED, _created),
-    **dict.fromkeys(PLAIN, _plain),
-    **dict.fromkeys(RESHAPED, _reshaped),
-    **dict.fromkeys(EXPANDED, _expanded),
-    **dict.fromkeys(MOVED, _moved),
-    **dict.fromkeys(["chunk", "split"], _divided),
-    **dict.fromkeys(["cat", "concat", "concatenate", "stack"], _joined),
-    **dict.fromkeys(["pad", "constant_pad_nd"], _padded),
-    **dict.fromkeys([f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], _padded),
-    **dict.fromkeys(["index", "index_select", "gather", "take_along_dim"], _indexed),
-    **dict.fromkeys(REDUCED, _reduced),
-    **dict.fromkeys(MIXED, _mixed),
-    **dict.fromkeys(["topk", "sort"], _chosen),
-    **{f"{a}{kind}_pool{n}d": _local(n) for a in ("", "adaptive_") for kind in ("avg", "max") for n in (1, 2, 3)},
-    **{f"max_pool{n}d_with_indices": _local(n) for n in (2, 3)},
-    **{f"upsample_nearest{n}d": _local(n) for n in (1, 2, 3)},
-    **{"upsample_linear1d": _local(1), "upsample_bilinear2d": _local(2), "upsample_trilinear3d": _local(3)},
-    **{"_upsample_bilinear2d_aa": _local(2), "upsample_bicubic2d": _local(2), "_upsample_bicubic2d_aa": _local(2)},
-    **dict.fromkeys(["batch_norm", "instance_norm"], _normed),
-    "group_norm": _group_normed,
-    **dict.fromkeys(["layer_norm", "rms_norm"], _layer_normed),
-    "prelu": _prelu,
-    "linear": _linear,
-    **{f"conv{n}d": _convolution(False) for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": _convolution(True) for n in (1, 2, 3)},
-    "embedding": _embedding,
-    **dict.fromkeys(["matmul", "mm", "bmm", "mv", "dot"], _matmul),
-    **dict.fromkeys(["addmm", "baddbmm", "addmv", "addbmm"], _added_matmul),
-    "einsum": _einsum,
-    "scaled_dot_product_attention": _attention,
-    "glu": _glu,
-    "im2col": _unfolded,
-}
