@@ -473,6 +473,18 @@ def test_a_checkpoint_resumes_exactly(tmp_path):
     assert_same(resumed, first)
 
 
+def test_many_samples_are_taken_in_by_parts(monkeypatch):
+    a, labels = rand(100, 4, 2), torch.randint(3, (100,))
+    results = []
+    for rows in (100, 7):
+        monkeypatch.setattr(statistics_module, "_ROWS", rows)
+        stats = UnitStatistics(2, classes=3)
+        stats.update(a, 1, torch.tensor([0, 1, 1, -1]), labels)
+        results.append(stats)
+    assert_same(*results, rtol=1e-12)
+    assert results[1].samples == 100
+
+
 def test_reset_forgets_all_but_the_place_in_the_stream():
     stats = gathered(rand(9, 3))
     stats.reset()
