@@ -306,6 +306,26 @@ def test_momentum_is_that_of_the_kept_weights():
         assert torch.equal(optimizer.state[param]["momentum_buffer"], expected[name])
 
 
+def test_what_a_loop_keeps_alive_does_not_hold_the_old_shapes():
+    """A loss keeps its graph, and with it the nodes that hand gradients to the parameters; so do hooks."""
+    model = network()
+    optimizer = sgd(model)
+    pruner = prune(model, {1: 0.4}, optimizer)
+    shapes = []
+    for param in model.parameters():
+        param.register_hook(lambda grad: shapes.append(grad.shape))
+        param.register_post_accumulate_grad_hook(lambda param: shapes.append(param.grad.shape))
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        shapes.clear()
+        losses.append(model(X).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+        pruner.step()
+    assert sorted(shapes) == sorted(2 * [p.shape for p in model.parameters()])
+
+
 def test_several_optimizers_and_an_average_follow():
     model = network()
     average = AveragedModel(model, use_buffers=True)
@@ -542,6 +562,15 @@ def test_a_cut_that_can_be_borne_is_that_without_a_guard():
     reports = [guarded.step(), plain.step()]
     assert reports[0].metric == (1.0, 1.0)
     assert_same(everything(guarded), everything(plain))
+
+
+def test_a_guard_that_raises_leaves_everything():
+    values = iter([1.0, 0.0])
+    pruner = trained(guard=(lambda model: next(values), 0.1))
+    before = everything(pruner)
+    with pytest.raises(StopIteration):
+        pruner.step()
+    assert_same(everything(pruner), before)
 
 
 def test_a_metric_that_is_not_a_number_bears_nothing():

@@ -97,9 +97,8 @@ def integer_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def set_integer_attributes(model: nn.Module, attributes: dict[str, dict[str, Any]]) -> None:
     """Gives the modules of a model the values of :func:`integer_attributes`, for the attributes that they have."""
-    for name, values in attributes.items():
-        module = model.get_submodule(name)
-        for key, value in values.items():
+    for name, module in model.named_modules():
+        for key, value in attributes.get(name, {}).items():
             old = vars(module).get(key)
             if _is_integral(old) and old != (value := _as_type_of(old, value)):
                 setattr(module, key, value)

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from .architecture import integer_attributes, set_integer_attributes
+from .rehearsal import named_tensors
 
 if TYPE_CHECKING:
     from .surgery import PruneRecord
@@ -87,7 +88,7 @@ def _as_list(one_or_several: T | Iterable[T], kind: type[T]) -> list[T]:
 
 
 def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut]:
-    tensors = _tensors(model)
+    tensors = named_tensors(model)
     cuts: dict[Tensor, _Cut] = {}
     for name, dim, kept in records:
         if name not in tensors:
@@ -103,13 +104,6 @@ def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut
                     "cut the model first, then repair with all the records of this cut and no others"
                 )
     return cuts
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
 
 
 # ------------------------------------------------------------------------------- optimizers
@@ -208,7 +202,7 @@ def _unwrapped(copy: nn.Module, model: nn.Module) -> nn.Module:
     """The module inside, where an averaged copy wraps it."""
     inner = getattr(copy, "module", None)
     copy = inner if isinstance(inner, nn.Module) and type(copy) is not type(model) else copy
-    if _tensors(copy).keys() != _tensors(model).keys():
+    if named_tensors(copy).keys() != named_tensors(model).keys():
         raise ValueError(
             f"{type(copy).__name__} has not the parameters and buffers of {type(model).__name__}: hand in a copy of "
             "this model"
@@ -218,7 +212,7 @@ def _unwrapped(copy: nn.Module, model: nn.Module) -> nn.Module:
 
 def _cut_copy(copy: nn.Module, cuts: dict[Tensor, _Cut]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """The tensors of an averaged copy to be changed, with their new data and gradients."""
-    tensors = _tensors(copy)
+    tensors = named_tensors(copy)
     new = []
     for cut in cuts.values():
         tensor = tensors[cut.name]
