@@ -259,6 +259,16 @@ def test_global_takes_from_the_layer_with_weak_units_and_ignores_the_scale_of_la
     assert counts(units_to_remove(scores, 0.25)) == {"even": 8, "uneven": 8}
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_equal_scores_go_step_by_step(split):
+    """Sums of equal numbers differ in their last bits; the steps of a group must not change places for that."""
+    scores = {"a": torch.full((80,), 0.1, dtype=torch.float64)}
+    statistics = {"a": [gathered(rand(9, 80))]}
+    for steps in range(10):
+        removed = units_to_remove(scores, steps / 10, split=split, statistics=statistics)
+        assert removed.get("a", torch.arange(0)).tolist() == list(range(8 * steps))
+
+
 def test_global_takes_negative_and_zero_scores():
     scores = {"zero": torch.zeros(16), "mixed": torch.linspace(-1, 1, 16)}
     assert counts(units_to_remove(scores, 0.25, split="global")) == {"mixed": 8}

@@ -371,8 +371,9 @@ def test_two_halves_are_the_whole_in_any_order(seed, n, cut):
     assert torch.equal(shuffled.exponent, whole.exponent)
 
 
-def test_merging_leaves_the_other_as_it_was_and_takes_none_of_other_options():
-    a, b = gathered(rand(5, 3)), gathered(rand(9, 3) * 100)
+@pytest.mark.parametrize("scale", [100, 0.01])
+def test_merging_leaves_the_other_as_it_was_and_takes_none_of_other_options(scale):
+    a, b = gathered(rand(5, 3)), gathered(rand(9, 3) * scale)
     before = copy.deepcopy(b)
     a.merge(b)
     assert_same(b, before)
@@ -843,6 +844,9 @@ def test_processes_add_up_what_each_has_seen(tmp_path):
             reduced.load_state_dict(rank[again][name])
             assert_same(reduced, local[0], rtol=1e-12)
             assert reduced.seen.tolist() == [32] * size
+        for rank, result in enumerate(ranks):
+            own = rademacher_signs(0, 16, 64, rank=rank).sum(1, keepdim=True).int()
+            assert torch.equal(result[0][name]["signs"], own.expand(-1, size))
 
 
 def test_one_process_reduces_to_a_copy():

@@ -570,9 +570,9 @@ class ActivationStatistics:
     """The statistics of all groups of a model, gathered by forward hooks while it trains.
 
     They see the forward passes of the model in training mode, one in ``every``. A recorded step of a ResNet-18 at batch
-    64 takes 6% longer on a CPU core, so that the default of 8 costs less than 1% on average; of 60 000 samples it
-    leaves 7500 an epoch, which tell an entropy to about 0.02 bits. Memory is 1.8 KiB per unit and place, with classes 0.8 KiB
-    and 256 bytes per class.
+    64 takes 6% longer on a CPU core, so that the default of 8 costs less than 1% on average. Of 60 000 samples it
+    leaves 7500 an epoch, which tell an entropy to about 0.02 bits. Memory is 1.8 KiB per unit and place, with classes
+    0.8 KiB and 256 bytes per class.
 
     The hooks read the units' positions from ``graph`` whenever they run, so that after a cut there is only
     :meth:`keep` to call. Attach them before ``torch.compile``, which does not look for new hooks afterwards; each
