@@ -231,9 +231,9 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
         if name in ignored:
             atoms.freeze(labels, "its module is ignored")
     run.settle()
-    graph = _build(model, run, atoms, axes)
+    graph, number = _build(model, run, atoms, axes)
     graph._inputs, graph._training = inputs, modes
-    _rehearse_all(model, graph, run, names)
+    _rehearse(model, graph, run, number)
     return graph
 
 
@@ -272,8 +272,12 @@ def _extend(run: Propagation, model: nn.Module, inputs: Inputs, plan: Plan, trai
     run.run(program)
 
 
-def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]) -> UnitGraph:
-    """Sorts sets of atoms into groups: those that occur in the same axes are of the same kind."""
+def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]) -> tuple[UnitGraph, Tensor]:
+    """Sorts sets of atoms into groups: those that occur in the same axes are of the same kind.
+
+    Returns:
+        The graph, and a table of each set's unit, -1 for none.
+    """
     owner: dict[int, AxisKey] = {int(atom): key for key, labels in axes.items() for atom in labels.tolist()}
     marked: dict[str, list[AxisKey]] = {}
     for role, marks in run.roles.items():
@@ -291,7 +295,7 @@ def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey,
         if any(roles[key] for key in places):
             kinds.setdefault((tuple(places), root in frozen), []).append(root)
     graph = UnitGraph()
-    number = torch.full((len(atoms._parent) + 1,), -1)
+    number = torch.full((len(atoms) + 1,), -1)
     # In the order in which the units are produced, parameters that no layer produces last.
     rank = {kind: min((order.get(key, len(order)) for key in kind[0]), default=0) for kind in kinds}
     for kind, members in sorted(kinds.items(), key=lambda item: rank[item[0]]):
@@ -328,6 +332,11 @@ def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey,
         counted = _along(units(labels), dim)
         if counted is not None and not torch.equal(graph._sizes.setdefault((module, attribute), counted), counted):
             ambiguous.add((module, attribute))
+    for module, attribute in list(graph._sizes):
+        # As many heads as a head is wide: it is the heads that are cut.
+        others = [name for owner, name in graph._sizes if owner == module and "heads" in name]
+        if "head" in attribute and "heads" not in attribute and others:
+            ambiguous.add((module, attribute))
     for counter in ambiguous:
         del graph._sizes[counter]
     for module, where, labels in run.sightings:
@@ -336,7 +345,7 @@ def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey,
         if len(dims) == 1 and (along := _along(known, dims[0])) is not None:
             graph._seen.setdefault((module, where, dims[0]), along)
     graph._relist()
-    return graph
+    return graph, number[:-1]
 
 
 def _along(units: Tensor, dim: int) -> Tensor | None:
@@ -359,14 +368,14 @@ def _layer(model: nn.Module, name: str) -> str:
     return module if attribute == "weight" and module else base
 
 
-def _rehearse_all(model: nn.Module, graph: UnitGraph, run: Propagation, names: dict[str, str]) -> None:
+def _rehearse(model: nn.Module, graph: UnitGraph, run: Propagation, number: Tensor) -> None:
     """Freezes the groups that the model's code cannot follow."""
     generator = torch.Generator().manual_seed(0)
-    # Different numbers for different groups, so that no two sizes agree by chance; two units are left where possible.
-    chosen = {
-        name: torch.randperm(group.size, generator=generator)[: 1 + (7 * number) % max(1, (group.size - 1) // 2)]
-        for number, (name, group) in enumerate(graph.groups.items())
-    }
+    chosen = {}
+    for position, (name, group) in enumerate(graph.groups.items()):
+        # The first unit, so that all others move; different numbers, so that no two sizes agree by chance.
+        others = 1 + torch.randperm(group.size - 1, generator=generator)
+        chosen[name] = torch.cat([torch.tensor([0]), others[: (7 * position) % max(1, (group.size - 1) // 2)]])
     while graph.groups:
         units = {name: chosen[name] for name in graph.groups}
         try:
@@ -375,45 +384,39 @@ def _rehearse_all(model: nn.Module, graph: UnitGraph, run: Propagation, names: d
         except Exception as error:
             _blame(model, graph, units, error)
             continue
-        try:
-            _verify(model, graph, run, names, units)
-        except Mismatch as mismatch:
-            guilty = [
-                name
-                for name, group in graph.groups.items()
-                if ((mismatch.units >= group._first) & (mismatch.units < group._first + group.original_size)).any()
-            ]
-            guilty = guilty or [
-                name for name in graph.groups if not _fits(model, graph, run, names, {name: chosen[name]})
-            ]
-            graph.freeze(guilty or list(graph.groups), f"the cut model does not follow: {mismatch.reason}")
-            continue
-        return
+        mismatch = _mismatch(model, graph, run, number, units)
+        if mismatch is None:
+            return
+        met = number[mismatch.units]
+        guilty = [
+            name
+            for name, group in graph.groups.items()
+            if ((met >= group._first) & (met < group._first + group.original_size)).any()
+        ]
+        guilty = guilty or [name for name in graph.groups if _mismatch(model, graph, run, number, {name: chosen[name]})]
+        graph.freeze(guilty or list(graph.groups), f"the cut model does not follow: {mismatch.reason}")
 
 
-def _fits(
-    model: nn.Module, graph: UnitGraph, run: Propagation, names: dict[str, str], units: Mapping[str, Tensor]
-) -> bool:
-    try:
-        _verify(model, graph, run, names, units)
-    except Mismatch:
-        return False
-    return True
-
-
-def _verify(
-    model: nn.Module, graph: UnitGraph, run: Propagation, names: dict[str, str], units: Mapping[str, Tensor]
-) -> None:
-    """Exports the model as it would be after a cut; the labels of the kept units must fit its program."""
+def _mismatch(
+    model: nn.Module, graph: UnitGraph, run: Propagation, number: Tensor, units: Mapping[str, Tensor]
+) -> Mismatch | None:
+    """Exports the model as it would be after a cut, whose program must treat the kept units as the labels say."""
     plan = graph.plan(units)
+    offered = torch.zeros(graph._total + 1, dtype=torch.bool)
+    for name, group in graph.groups.items():
+        # The last unit of a group is everywhere or nowhere: nothing tells it from what is not cut.
+        if group.size - len(units.get(name, ())) > 1:
+            offered[group._first + group.original] = True
+    atoms = run.atoms.settled(frozen=~offered[number])  # the last entry answers for -1
     axes = {}
-    for key in run.axes:
-        place = graph._axes.get(key)
-        labels = place.units if place is not None else torch.full((len(run.axes[key]),), -1)
-        kept = plan.kept.get(key[0], {}).get(key[1])
-        axes[key] = labels if kept is None else labels[kept]
-    atoms = Atoms(graph._total, fixed=True)
-    _propagate(model, graph._inputs, plan, graph._training, atoms, axes, names, run.constants)
+    for (name, dim), labels in run.axes.items():
+        kept = plan.kept.get(name, {}).get(dim)
+        axes[name, dim] = atoms.find(labels if kept is None else labels[kept])
+    try:
+        _propagate(model, graph._inputs, plan, graph._training, atoms, axes, run.names, run.constants)
+    except Mismatch as mismatch:
+        return mismatch
+    return None
 
 
 def _blame(model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor], error: Exception) -> None:

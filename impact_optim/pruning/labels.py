@@ -36,17 +36,25 @@ class Mismatch(Exception):
 
 
 class Atoms:
-    """Sets of atoms that can only be removed together.
+    """Sets of atoms that can only be removed together."""
 
-    Args:
-        fixed: whether the sets are given: what would join two of them, or freeze one, raises :class:`Mismatch`.
-    """
-
-    def __init__(self, count: int = 0, fixed: bool = False) -> None:
-        self._parent = torch.arange(count)
-        self._reason = torch.full((count,), -1)
+    def __init__(self) -> None:
+        self._parent = torch.empty(0, dtype=torch.int64)
+        self._reason = torch.empty(0, dtype=torch.int64)
         self.reasons: list[str | None] = [None]
-        self.fixed = fixed
+        self.fixed = False
+        """Whether the sets are given: what would join two of them, or freeze one, raises :class:`Mismatch`."""
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def settled(self, frozen: Tensor) -> Atoms:
+        """The same sets, fixed, of which those with these representatives (a mask over atoms) are frozen."""
+        atoms = Atoms()
+        atoms._parent = self.find(torch.arange(len(self)))
+        atoms._reason = torch.where(frozen, 0, -1)
+        atoms.fixed = True
+        return atoms
 
     def new(self, count: int) -> Tensor:
         """Fresh atoms."""
@@ -90,7 +98,7 @@ class Atoms:
         atoms = self.find(atoms[atoms >= 0])
         if not len(atoms):
             return
-        if self.fixed:
+        if self.fixed and (self._reason[atoms] < 0).any():
             raise Mismatch(atoms.unique(), reason or "")
         # The first reason stays; 0 stands for none, which any other overrules.
         atoms = atoms[self._reason[atoms] < (reason is not None)]
@@ -289,7 +297,7 @@ class Propagation:
             along = [1] * len(shape)
             along[dim] = size
             labels.append(self.axes[name, dim].reshape(along).expand(shape))
-        return Value(shape, self.tidy(labels))
+        return Value(shape, [array for array in labels if varied(array)])
 
     def _call(self, node: Node, inputs: tuple[Any, Any]) -> Any:
         args, kwargs = inputs
@@ -385,8 +393,8 @@ class Propagation:
             dims = varied(array)
             array = flat(array, *(dim for dim in range(array.dim()) if dim not in dims))
             if not dims:
-                if array.numel() and not self.atoms.fixed:
-                    self.atoms.freeze(array.reshape(-1)[:1], f"{self.where()} picks out a single index")
+                if array.numel():
+                    self.freeze(array, f"{self.where()} picks out a single index")
             elif len(dims) == 1:
                 kept.append(array)
             elif not self.atoms.are_frozen(core(array)):
@@ -398,9 +406,9 @@ class Propagation:
         """Notes that labels must stay a product of index sets, one for each dimension."""
         if not self.atoms.fixed:
             self.grids.append(labels)
-        elif len(dims := varied(labels)) > 1 and (core(labels) >= 0).any():
-            kept = core(labels).unique()
-            raise Mismatch(kept[kept >= 0], f"units differ along dimensions {dims}")
+        elif len(dims := varied(labels)) > 1 and not self.atoms.are_frozen(core(labels)):
+            atoms = core(labels).unique()
+            raise Mismatch(atoms[atoms >= 0], f"units differ along dimensions {dims}")
 
     def join_over(self, labels: Tensor, dims: Sequence[int]) -> None:
         """Joins what differs along some dimensions only."""

@@ -408,6 +408,12 @@ def _glu(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     return run.combine(shape, [Value(shape, run.tidy(half)) for half in halves])
 
 
+def _weight_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
+    direction, length, dim = bound["v"], bound["g"], bound["dim"]
+    run.mix(direction, set(range(len(direction.shape))) - {dim % len(direction.shape)})
+    return run.combine(direction.shape, [direction, length])
+
+
 def _unfolded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     """im2col: every channel becomes one row for each tap of the kernel."""
     value, shape = run.mix(bound["self"], (-1, -2)), _shape(node)
@@ -496,4 +502,5 @@ RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": _attention,
     "glu": _glu,
     "im2col": _unfolded,
+    "_weight_norm": _weight_normed,
 }
