@@ -262,7 +262,7 @@ def test_global_takes_from_the_layer_with_weak_units_and_ignores_the_scale_of_la
 @pytest.mark.parametrize("split", SPLITS)
 def test_equal_scores_go_step_by_step(split):
     """Sums of equal numbers differ in their last bits; the steps of a group must not change places for that."""
-    scores = {"a": torch.full((80,), 0.1, dtype=torch.float64)}
+    scores = {"a": torch.tensor([0.1] * 40 + [0.7] * 40, dtype=torch.float64)}
     statistics = {"a": [gathered(rand(9, 80))]}
     for steps in range(10):
         removed = units_to_remove(scores, steps / 10, split=split, statistics=statistics)
