@@ -61,6 +61,9 @@ class UnitGroup:
         return len(self.original)
 
 
+_Counts = dict[tuple[str, str], list[Tensor]]
+
+
 class _Place(NamedTuple):
     """A dimension seen by the whole graph: each index's unit in a numbering over all groups."""
 
@@ -134,10 +137,17 @@ class UnitGraph:
         }
         sizes = {key: labels[kept_indices(labels, removed)] for key, labels in self._sizes.items()}
         seen = {key: labels[kept_indices(labels, removed)] for key, labels in self._seen.items()}
-        for group in self.groups.values():
-            group.original = group.original[~removed[group._first + group.original]]
-        self._axes, self._sizes, self._seen = axes, sizes, seen
-        self._relist()
+        before = dict(vars(self)), [(group, dict(vars(group))) for group in self.groups.values()]
+        try:
+            for group in self.groups.values():
+                group.original = group.original[~removed[group._first + group.original]]
+            self._axes, self._sizes, self._seen = axes, sizes, seen
+            self._relist()
+        except BaseException:
+            vars(self).update(before[0])
+            for group, fields in before[1]:
+                vars(group).update(fields)
+            raise
 
     def freeze(self, names: Iterable[str], reason: str) -> None:
         """Takes groups out of the graph: their units stay."""
@@ -231,9 +241,11 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
         if name in ignored:
             atoms.freeze(labels, "its module is ignored")
     run.settle()
-    graph, number = _build(model, run, atoms, axes)
+    graph, number, counts = _build(model, run, atoms, axes)
     graph._inputs, graph._training = inputs, modes
-    _rehearse(model, graph, run, number)
+    chosen = _chosen(graph)
+    _settle_sizes(model, graph, counts, chosen)
+    _rehearse(model, graph, run, number, chosen)
     return graph
 
 
@@ -272,11 +284,13 @@ def _extend(run: Propagation, model: nn.Module, inputs: Inputs, plan: Plan, trai
     run.run(program)
 
 
-def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]) -> tuple[UnitGraph, Tensor]:
+def _build(
+    model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]
+) -> tuple[UnitGraph, Tensor, _Counts]:
     """Sorts sets of atoms into groups: those that occur in the same axes are of the same kind.
 
     Returns:
-        The graph, and a table of each set's unit, -1 for none.
+        The graph, a table of each set's unit, -1 for none, and what integer attributes may count.
     """
     owner: dict[int, AxisKey] = {int(atom): key for key, labels in axes.items() for atom in labels.tolist()}
     marked: dict[str, list[AxisKey]] = {}
@@ -327,25 +341,19 @@ def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey,
 
     graph._axes = {key: _Place(units(labels), roles[key]) for key, labels in axes.items()}
     graph._axes = {key: place for key, place in graph._axes.items() if (place.units >= 0).any()}
-    ambiguous = set()
+    counts: _Counts = {}
     for module, attribute, labels, dim in run.sizes:
         counted = _along(units(labels), dim)
-        if counted is not None and not torch.equal(graph._sizes.setdefault((module, attribute), counted), counted):
-            ambiguous.add((module, attribute))
-    for module, attribute in list(graph._sizes):
-        # As many heads as a head is wide: it is the heads that are cut.
-        others = [name for owner, name in graph._sizes if owner == module and "heads" in name]
-        if "head" in attribute and "heads" not in attribute and others:
-            ambiguous.add((module, attribute))
-    for counter in ambiguous:
-        del graph._sizes[counter]
+        candidates = counts.setdefault((module, attribute), [])
+        if counted is not None and not any(torch.equal(counted, other) for other in candidates):
+            candidates.append(counted)
     for module, where, labels in run.sightings:
         known = units(labels)
         dims = varied(known)
         if len(dims) == 1 and (along := _along(known, dims[0])) is not None:
             graph._seen.setdefault((module, where, dims[0]), along)
     graph._relist()
-    return graph, number[:-1]
+    return graph, number[:-1], counts
 
 
 def _along(units: Tensor, dim: int) -> Tensor | None:
@@ -368,14 +376,50 @@ def _layer(model: nn.Module, name: str) -> str:
     return module if attribute == "weight" and module else base
 
 
-def _rehearse(model: nn.Module, graph: UnitGraph, run: Propagation, number: Tensor) -> None:
-    """Freezes the groups that the model's code cannot follow."""
+def _chosen(graph: UnitGraph) -> dict[str, Tensor]:
+    """Units to rehearse with: the first one, so that all others move, and a different number in each group."""
     generator = torch.Generator().manual_seed(0)
     chosen = {}
     for position, (name, group) in enumerate(graph.groups.items()):
-        # The first unit, so that all others move; different numbers, so that no two sizes agree by chance.
         others = 1 + torch.randperm(group.size - 1, generator=generator)
         chosen[name] = torch.cat([torch.tensor([0]), others[: (7 * position) % max(1, (group.size - 1) // 2)]])
+    return chosen
+
+
+def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: Mapping[str, Tensor]) -> None:
+    """Decides what attributes count; where several numbers agree by chance, by what the code survives."""
+    graph._sizes = {key: candidates[0] for key, candidates in counts.items() if len(candidates) == 1}
+    for module, attribute in list(graph._sizes):
+        # As many heads as a head is wide: it is the heads that are cut.
+        others = [name for owner, name in counts if owner == module and "heads" in name]
+        if "head" in attribute and "heads" not in attribute and others:
+            del graph._sizes[module, attribute]
+    for key, candidates in counts.items():
+        if len(candidates) < 2:
+            continue
+        met = torch.cat(candidates)
+        names = [
+            name
+            for name, group in graph.groups.items()
+            if ((met >= group._first) & (met < group._first + group.original_size)).any()
+        ]
+
+        def survives(names: list[str] = names) -> bool:
+            # Alone as well: what two groups lose may be the same number.
+            sets = [names, *([name] for name in names)]
+            return not any(_failure(model, graph, {name: chosen[name] for name in some}) for some in sets)
+
+        for candidate in candidates if not survives() else []:
+            graph._sizes[key] = candidate
+            if survives():
+                break
+            del graph._sizes[key]
+
+
+def _rehearse(
+    model: nn.Module, graph: UnitGraph, run: Propagation, number: Tensor, chosen: Mapping[str, Tensor]
+) -> None:
+    """Freezes the groups that the model's code cannot follow."""
     while graph.groups:
         units = {name: chosen[name] for name in graph.groups}
         try:

@@ -260,7 +260,7 @@ class Propagation:
                 dims = varied(labels)
                 if len(dims) < 2 or self.atoms.are_frozen(labels):
                     continue
-                keep = max(dims, key=lambda dim: labels.size(dim))
+                keep = max(dims, key=lambda dim: (labels.size(dim), dim))
                 self.join_over(labels, [dim for dim in dims if dim != keep])
                 changed = True
 

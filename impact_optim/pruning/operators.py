@@ -56,12 +56,12 @@ def _expanded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
 
 
 def _divided(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
-    """Equal parts: the code that divides a dimension by a number keeps dividing it evenly."""
+    """Equal parts stay equal: what is at the same position in each of them goes together."""
     value, dim = bound["self"], bound["dim"]
     sizes = [part.shape[dim] for part in node.meta["val"]]
-    if len(set(sizes)) == 1 and len(sizes) > 1:
+    if len(set(sizes)) == 1:
         for labels in value.labels:
-            run.grid(labels.unflatten(dim, (len(sizes), sizes[0])))
+            run.join_over(labels.unflatten(dim, (len(sizes), sizes[0])), [dim % labels.dim()])
     return _moved(run, bound, node)
 
 
@@ -402,7 +402,7 @@ def _attention(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
 def _glu(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     value, dim = bound["self"], bound["dim"]
     for labels in value.labels:
-        run.grid(labels.unflatten(dim, (2, -1)))
+        run.join_over(labels.unflatten(dim, (2, -1)), [dim % labels.dim()])
     halves = [[labels.chunk(2, dim)[i] for labels in value.labels] for i in (0, 1)]
     shape = _shape(node)
     return run.combine(shape, [Value(shape, run.tidy(half)) for half in halves])
