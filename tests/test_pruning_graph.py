@@ -487,6 +487,15 @@ def test_what_cannot_be_cut_is_named(how: str, why: str) -> None:
     assert why in graph.frozen["a"]
 
 
+def test_units_that_stay_are_not_taken_for_one_another() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.b(h) + h[..., 2:4].softmax(-1).sum()  # two units that stay; after a cut, two others
+
+    graph = trace(randomised(Run(forward, a=nn.Linear(12, 8), b=nn.Linear(8, 2))), tokens())
+    assert not graph.groups
+
+
 def test_multihead_attention_keeps_its_heads_and_the_rest_is_cut() -> None:
     model = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, norm_first=True)
     graph = trace(randomised(model), tokens())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -86,7 +86,7 @@ NAMES = [
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
-def test_cut_equals_masked(name: str, tally: list[str], record_property: Callable[[str, object], None]) -> None:
+def test_cut_equals_masked(name: str, tally: list[str]) -> None:
     gc.collect()
     model, inputs = build(name)
     large = sum(parameter.numel() for parameter in model.parameters()) > LARGE

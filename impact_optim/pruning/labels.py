@@ -49,7 +49,7 @@ class Atoms:
         return len(self._parent)
 
     def settled(self, frozen: Tensor) -> Atoms:
-        """The same sets, fixed, of which those with these representatives (a mask over atoms) are frozen."""
+        """The same sets, fixed; ``frozen`` is a mask over atoms, of the representatives whose sets are not cut."""
         atoms = Atoms()
         atoms._parent = self.find(torch.arange(len(self)))
         atoms._reason = torch.where(frozen, 0, -1)
@@ -80,8 +80,11 @@ class Atoms:
         self.freeze(second[first < 0], reason)
         differ = (first != second) & (first >= 0) & (second >= 0)
         first, second = first[differ], second[differ]
-        if self.fixed and len(first):
-            raise Mismatch(torch.cat([first, second]).unique(), reason)
+        if self.fixed:
+            cut = (self._reason[first] < 0) | (self._reason[second] < 0)
+            if cut.any():
+                raise Mismatch(torch.cat([first[cut], second[cut]]).unique(), reason)
+            return
         before = torch.cat([first, second])
         while len(first):
             low, high = torch.minimum(first, second), torch.maximum(first, second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,14 +65,19 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Every module in one mode, and attention on the path that training takes."""
     # The attribute, not train(): a module that overrides train() is asked for nothing.
     before = [(module, module.training) for module in model.modules()]
+    # Shapes that do not fit are an answer here, not an error for the log.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled = log.disabled
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        log.disabled = True
         for module, _ in before:
             module.training = training
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        log.disabled = disabled
         for module, mode in before:
             module.training = mode
 
@@ -99,6 +105,7 @@ def _without_data(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Inpu
                 if tensor is not None:
                     name = first[f"{prefix}.{key}" if prefix else key]
                     places.append((store, key, tensor, stand_ins[name]))
+    attributes = [(module, _plain(module)) for module in model.modules()]
     try:
         for store, key, _, stand_in in places:
             store[key] = stand_in
@@ -107,6 +114,28 @@ def _without_data(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Inpu
     finally:
         for store, key, tensor, _ in places:
             store[key] = tensor
+        for module, plain in attributes:
+            for key in _plain(module).keys() - plain.keys():
+                del vars(module)[key]
+            for key, (value, content) in plain.items():
+                vars(module)[key] = value
+                if type(value) is dict:
+                    value.clear()
+                    value.update(content)
+                elif type(value) is list:
+                    value[:] = content
+
+
+def _plain(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Attributes that are not torch's own, and what dicts and lists hold: forward passes cache tensors there."""
+    return {
+        key: (value, copy.copy(value) if type(value) in (dict, list) else None)
+        for key, value in vars(module).items()
+        if key not in _TORCHS_OWN
+    }
+
+
+_TORCHS_OWN = vars(nn.Module()).keys()
 
 
 def forward(model: nn.Module, inputs: Inputs, plan: Plan, training: bool = False) -> None:
