@@ -239,6 +239,16 @@ def gates() -> Case:
 
 
 @case
+def halves_by_slices() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return m.second(h[..., : h.shape[-1] // 2].sigmoid() * h[..., h.shape[-1] // 2 :])
+
+    model = Run(forward, first=nn.Linear(12, 10), second=nn.Linear(5, 3))
+    return Case(model, tokens(), {"first": 5}, {"second": (-1, of("first", 5))})
+
+
+@case
 def squeeze_and_excitation() -> Case:
     model = Run(
         lambda m, x: m.out((h := m.stem(x)) * torch.sigmoid(m.up(F.relu(m.down(F.adaptive_avg_pool2d(h, 1)))))),
@@ -458,6 +468,8 @@ class Fixed(nn.Module):
             h = y
         elif self.how == "branch" and h.shape[-1] != 8:
             h = h.relu()
+        elif self.how == "roll":
+            h = h.roll(1, -1)
         elif self.how == "padding":
             h = h[..., : h.shape[-1]] + F.pad(F.relu(h)[..., 2:], (0, 2))
         return self.b(h)
@@ -479,6 +491,7 @@ class Fixed(nn.Module):
         ("written", "writes"),
         ("branch", "number of units"),
         ("padding", "add"),
+        ("roll", "linear"),
     ],
 )
 def test_what_cannot_be_cut_is_named(how: str, why: str) -> None:

@@ -413,6 +413,27 @@ def test_a_model_that_would_not_run_is_refused_with_the_line() -> None:
     assert same(before, state(model, graph))
 
 
+def test_code_that_takes_units_by_position_is_verified_at_every_cut() -> None:
+    class Ends(nn.Module):
+        shift = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            middle = x.shape[1] // 2
+            return torch.cat([x[:, :middle], x[:, middle:]], 1).roll(self.shift, 1)
+
+    model = small()
+    model.insert(1, Ends())
+    graph = trace(model, INPUT)
+    reference = deafened(model, graph, {"0": [7]})
+    cut(model, graph, {"0": [7]})
+    assert difference(run(reference, INPUT), run(model, INPUT)) < 1e-12
+    model[1].shift = 1  # of the same shape, and wrong
+    before = state(model, graph)
+    with pytest.raises(RuntimeError, match="would not compute the same"):
+        cut(model, graph, {"0": [6]})
+    assert same(before, state(model, graph))
+
+
 def test_nothing_to_remove_changes_nothing() -> None:
     model = small()
     graph = trace(model, INPUT)

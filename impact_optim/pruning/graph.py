@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, varied
+from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, core, varied
 from .operators import RULES
-from .rehearsal import Inputs, Plan, as_inputs, culprit, export, first_names, forward, kept_indices
+from .rehearsal import Inputs, Plan, as_inputs, culprit, export, first_names, forward, kept_indices, named_tensors
 
 
 class Axis(NamedTuple):
@@ -60,6 +60,9 @@ class UnitGroup:
         """Number of units."""
         return len(self.original)
 
+    def _numbers(self) -> Tensor:
+        return self._first + self.original
+
 
 _Counts = dict[tuple[str, str], list[Tensor]]
 
@@ -84,6 +87,8 @@ class UnitGraph:
     _sizes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     _seen: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
     _total: int = 0
+    _constants: list[tuple[str, Any]] = field(default_factory=list)
+    _positional: bool = False  # whether what a cut leaves depends on more than which units are coupled
 
     def plan(self, units: Mapping[str, Sequence[int] | Tensor]) -> Plan:
         """What removing units (group name -> positions in the group) changes.
@@ -111,7 +116,7 @@ class UnitGraph:
                 )
             if len(chosen) == group.size:
                 raise ValueError(f"{name!r}: one of its {group.size} units must stay.")
-            removed[group._first + group.original[chosen]] = True
+            removed[group._numbers()[chosen]] = True
             touched.add(name)
         plan = Plan()
         for (name, dim), place in self._axes.items():
@@ -130,7 +135,7 @@ class UnitGraph:
         for name, positions in units.items():
             group = self.groups[name]
             chosen = torch.as_tensor(positions, dtype=torch.int64).cpu()
-            removed[group._first + group.original[chosen]] = True
+            removed[group._numbers()[chosen]] = True
         axes = {
             key: place._replace(units=place.units[kept_indices(place.units, removed)])
             for key, place in self._axes.items()
@@ -140,7 +145,7 @@ class UnitGraph:
         before = dict(vars(self)), [(group, dict(vars(group))) for group in self.groups.values()]
         try:
             for group in self.groups.values():
-                group.original = group.original[~removed[group._first + group.original]]
+                group.original = group.original[~removed[group._numbers()]]
             self._axes, self._sizes, self._seen = axes, sizes, seen
             self._relist()
         except BaseException:
@@ -154,7 +159,7 @@ class UnitGraph:
         for name in names:
             group = self.groups.pop(name)
             self.frozen[name] = reason
-            numbers = torch.arange(group._first, group._first + group.original_size)
+            numbers = group._numbers()
 
             def without(labels: Tensor, numbers: Tensor = numbers) -> Tensor:
                 return labels.masked_fill(torch.isin(labels, numbers), -1)
@@ -170,7 +175,7 @@ class UnitGraph:
         owner = torch.full((self._total + 1,), -1)
         groups = list(self.groups.values())
         for number, group in enumerate(groups):
-            units = group._first + group.original
+            units = group._numbers()
             position[units] = torch.arange(group.size)
             owner[units] = number
             group.producers, group.consumers, group.observations = [], [], []
@@ -242,10 +247,12 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
             atoms.freeze(labels, "its module is ignored")
     run.settle()
     graph, number, counts = _build(model, run, atoms, axes)
-    graph._inputs, graph._training = inputs, modes
-    chosen = _chosen(graph)
-    _settle_sizes(model, graph, counts, chosen)
-    _rehearse(model, graph, run, number, chosen)
+    graph._inputs, graph._training, graph._constants = inputs, modes, run.constants
+    first, last = _sample(graph, 0), _sample(graph, -1)
+    _settle_sizes(model, graph, counts, first)
+    _rehearse(model, graph, [first, last])
+    moved = [number[atoms.find(core(labels))] for labels in run.positional]
+    graph._positional = any(len(_owners(graph, units)) > 0 for units in moved)
     return graph
 
 
@@ -376,14 +383,16 @@ def _layer(model: nn.Module, name: str) -> str:
     return module if attribute == "weight" and module else base
 
 
-def _chosen(graph: UnitGraph) -> dict[str, Tensor]:
-    """Units to rehearse with: the first one, so that all others move, and a different number in each group."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = {}
+def _sample(graph: UnitGraph, end: int) -> dict[str, Tensor]:
+    """Units to rehearse with: the first or the last one and others, a different number in each group."""
+    generator = torch.Generator().manual_seed(end % 2)
+    units = {}
     for position, (name, group) in enumerate(graph.groups.items()):
-        others = 1 + torch.randperm(group.size - 1, generator=generator)
-        chosen[name] = torch.cat([torch.tensor([0]), others[: (7 * position) % max(1, (group.size - 1) // 2)]])
-    return chosen
+        others = torch.randperm(group.size, generator=generator)
+        outer = torch.arange(group.size)[end]
+        others = others[others != outer][: (7 * position) % max(1, (group.size - 1) // 2)]
+        units[name] = torch.cat([outer.reshape(1), others])
+    return units
 
 
 def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: Mapping[str, Tensor]) -> None:
@@ -397,12 +406,7 @@ def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: M
     for key, candidates in counts.items():
         if len(candidates) < 2:
             continue
-        met = torch.cat(candidates)
-        names = [
-            name
-            for name, group in graph.groups.items()
-            if ((met >= group._first) & (met < group._first + group.original_size)).any()
-        ]
+        names = _owners(graph, torch.cat(candidates))
 
         def survives(names: list[str] = names) -> bool:
             # Alone as well: what two groups lose may be the same number.
@@ -416,51 +420,50 @@ def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: M
             del graph._sizes[key]
 
 
-def _rehearse(
-    model: nn.Module, graph: UnitGraph, run: Propagation, number: Tensor, chosen: Mapping[str, Tensor]
-) -> None:
+def _rehearse(model: nn.Module, graph: UnitGraph, samples: Iterable[Mapping[str, Tensor]]) -> None:
     """Freezes the groups that the model's code cannot follow."""
-    while graph.groups:
-        units = {name: chosen[name] for name in graph.groups}
-        try:
-            for training in graph._training:
-                forward(model, graph._inputs, graph.plan(units), training)
-        except Exception as error:
-            _blame(model, graph, units, error)
-            continue
-        mismatch = _mismatch(model, graph, run, number, units)
-        if mismatch is None:
-            return
-        met = number[mismatch.units]
-        guilty = [
-            name
-            for name, group in graph.groups.items()
-            if ((met >= group._first) & (met < group._first + group.original_size)).any()
-        ]
-        guilty = guilty or [name for name in graph.groups if _mismatch(model, graph, run, number, {name: chosen[name]})]
-        graph.freeze(guilty or list(graph.groups), f"the cut model does not follow: {mismatch.reason}")
+    for chosen in samples:
+        while graph.groups:
+            units = {name: chosen[name] for name in graph.groups}
+            try:
+                for training in graph._training:
+                    forward(model, graph._inputs, graph.plan(units), training)
+            except Exception as error:
+                _blame(model, graph, units, error)
+                continue
+            fault = mismatch(model, graph, units)
+            if fault is None:
+                break
+            guilty = _owners(graph, fault.units)
+            guilty = guilty or [name for name in graph.groups if mismatch(model, graph, {name: chosen[name]})]
+            graph.freeze(guilty or list(graph.groups), f"the cut model does not follow: {fault}")
 
 
-def _mismatch(
-    model: nn.Module, graph: UnitGraph, run: Propagation, number: Tensor, units: Mapping[str, Tensor]
-) -> Mismatch | None:
-    """Exports the model as it would be after a cut, whose program must treat the kept units as the labels say."""
+def mismatch(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | Tensor]) -> Mismatch | None:
+    """Where the program that a model runs after a cut does not treat the kept units as the graph says."""
     plan = graph.plan(units)
-    offered = torch.zeros(graph._total + 1, dtype=torch.bool)
-    for name, group in graph.groups.items():
-        # The last unit of a group is everywhere or nowhere: nothing tells it from what is not cut.
-        if group.size - len(units.get(name, ())) > 1:
-            offered[group._first + group.original] = True
-    atoms = run.atoms.settled(frozen=~offered[number])  # the last entry answers for -1
-    axes = {}
-    for (name, dim), labels in run.axes.items():
-        kept = plan.kept.get(name, {}).get(dim)
-        axes[name, dim] = atoms.find(labels if kept is None else labels[kept])
+    atoms = Atoms(fixed=graph._total)
+    # The last unit of a group is everywhere or nowhere: nothing tells it from what is not cut.
+    left = {name: group.size - len(units.get(name, ())) for name, group in graph.groups.items()}
+    single = [graph.groups[name]._numbers() for name, count in left.items() if count == 1]
+    axes, names = {}, first_names(model)
+    for name, tensor in named_tensors(model).items():
+        for dim, size in enumerate(tensor.shape if names[name] == name else ()):
+            place = graph._axes.get((name, dim))
+            labels = torch.full((size,), -1) if place is None else place.units
+            labels = labels.masked_fill(torch.isin(labels, torch.cat(single)), -1) if single else labels
+            kept = plan.kept.get(name, {}).get(dim)
+            axes[name, dim] = labels if kept is None else labels[kept]
     try:
-        _propagate(model, graph._inputs, plan, graph._training, atoms, axes, run.names, run.constants)
-    except Mismatch as mismatch:
-        return mismatch
+        _propagate(model, graph._inputs, plan, graph._training, atoms, axes, names, graph._constants)
+    except Mismatch as fault:
+        return fault
     return None
+
+
+def _owners(graph: UnitGraph, units: Tensor) -> list[str]:
+    """The groups that units, in the numbering of the whole graph, belong to."""
+    return [name for name, group in graph.groups.items() if torch.isin(units, group._numbers()).any()]
 
 
 def _blame(model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor], error: Exception) -> None:

@@ -30,31 +30,23 @@ PRODUCER, CONSUMER = "producer", "consumer"
 class Mismatch(Exception):
     """The program does not treat the units as the labels say."""
 
-    def __init__(self, units: Tensor, reason: str, module: str = "") -> None:
+    def __init__(self, units: Tensor, reason: str) -> None:
         super().__init__(reason)
-        self.units, self.reason, self.module = units, reason, module
+        self.units = units
 
 
 class Atoms:
     """Sets of atoms that can only be removed together."""
 
-    def __init__(self) -> None:
-        self._parent = torch.empty(0, dtype=torch.int64)
-        self._reason = torch.empty(0, dtype=torch.int64)
-        self.reasons: list[str | None] = [None]
-        self.fixed = False
-        """Whether the sets are given: what would join two of them, or freeze one, raises :class:`Mismatch`."""
+    def __init__(self, fixed: int | None = None) -> None:
+        """Empty; or, with a number, that many sets of one atom: what would join or freeze any raises Mismatch."""
+        self._parent = torch.arange(fixed or 0)
+        self._reason = torch.full((fixed or 0,), -1)
+        self._reasons: list[str | None] = [None]
+        self.fixed = fixed is not None
 
     def __len__(self) -> int:
         return len(self._parent)
-
-    def settled(self, frozen: Tensor) -> Atoms:
-        """The same sets, fixed; ``frozen`` is a mask over atoms, of the representatives whose sets are not cut."""
-        atoms = Atoms()
-        atoms._parent = self.find(torch.arange(len(self)))
-        atoms._reason = torch.where(frozen, 0, -1)
-        atoms.fixed = True
-        return atoms
 
     def new(self, count: int) -> Tensor:
         """Fresh atoms."""
@@ -80,11 +72,8 @@ class Atoms:
         self.freeze(second[first < 0], reason)
         differ = (first != second) & (first >= 0) & (second >= 0)
         first, second = first[differ], second[differ]
-        if self.fixed:
-            cut = (self._reason[first] < 0) | (self._reason[second] < 0)
-            if cut.any():
-                raise Mismatch(torch.cat([first[cut], second[cut]]).unique(), reason)
-            return
+        if self.fixed and len(first):
+            raise Mismatch(torch.cat([first, second]).unique(), reason)
         before = torch.cat([first, second])
         while len(first):
             low, high = torch.minimum(first, second), torch.maximum(first, second)
@@ -101,13 +90,13 @@ class Atoms:
         atoms = self.find(atoms[atoms >= 0])
         if not len(atoms):
             return
-        if self.fixed and (self._reason[atoms] < 0).any():
+        if self.fixed:
             raise Mismatch(atoms.unique(), reason or "")
         # The first reason stays; 0 stands for none, which any other overrules.
         atoms = atoms[self._reason[atoms] < (reason is not None)]
-        self._reason[atoms] = len(self.reasons) if reason is not None else 0
+        self._reason[atoms] = len(self._reasons) if reason is not None else 0
         if reason is not None:
-            self.reasons.append(reason)
+            self._reasons.append(reason)
 
     def are_frozen(self, atoms: Tensor) -> bool:
         """Whether none of the atoms can be removed."""
@@ -118,7 +107,7 @@ class Atoms:
         """Representative of each frozen set -> the reason."""
         roots = ((self._reason >= 0) & (self._parent == torch.arange(len(self._parent)))).nonzero().reshape(-1)
         return {
-            root: self.reasons[reason]
+            root: self._reasons[reason]
             for root, reason in zip(roots.tolist(), self._reason[roots].tolist(), strict=True)
         }
 
@@ -226,6 +215,7 @@ class Propagation:
         self.sightings: list[Sighting] = []
         self.sizes: list[Size] = []
         self.grids: list[Tensor] = []
+        self.positional: list[Tensor] = []
         self.constants: list[tuple[str, Any]] = []
         self.used: set[str] = set()
         self._rules, self._expected = rules, constants
@@ -249,7 +239,7 @@ class Propagation:
                 try:
                     values[node] = self._call(node, tree_map_only(Node, values.get, (node.args, node.kwargs)))
                 except Mismatch as mismatch:
-                    raise Mismatch(mismatch.units, f"{mismatch} ({self.where()})", self.module()) from None
+                    raise Mismatch(mismatch.units, f"{mismatch} ({self.where()})") from None
             else:
                 values[node] = Value(tuple(getattr(node.meta.get("val"), "shape", ())))
 
@@ -409,7 +399,7 @@ class Propagation:
         """Notes that labels must stay a product of index sets, one for each dimension."""
         if not self.atoms.fixed:
             self.grids.append(labels)
-        elif len(dims := varied(labels)) > 1 and not self.atoms.are_frozen(core(labels)):
+        elif len(dims := varied(labels)) > 1:
             atoms = core(labels).unique()
             raise Mismatch(atoms[atoms >= 0], f"units differ along dimensions {dims}")
 

@@ -35,6 +35,10 @@ def _plain(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
 def _moved(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     """Runs an operator that only moves data on the labels."""
     value = bound["self"]
+    if run.operator().removeprefix("aten::") in POSITIONAL:
+        dims = bound["dims"] if "dims" in bound else [bound[name] for name in ("dim", "dimension") if name in bound]
+        rank = len(value.shape)
+        run.positional += [a for a in value.labels if {dim % rank for dim in dims}.intersection(varied(a))]
     rest = {name: argument for name, argument in bound.items() if name != "self"}
     results = [node.target(self=labels, **rest) for labels in value.labels]  # type: ignore[operator]
     if isinstance(node.meta["val"], (tuple, list)):
@@ -62,6 +66,8 @@ def _divided(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     if len(set(sizes)) == 1:
         for labels in value.labels:
             run.join_over(labels.unflatten(dim, (len(sizes), sizes[0])), [dim % labels.dim()])
+    else:
+        run.positional += [labels for labels in value.labels if dim % labels.dim() in varied(labels)]
     return _moved(run, bound, node)
 
 
@@ -458,6 +464,8 @@ MOVED = [
     "select", "narrow", "split_with_sizes", "unbind", "roll", "flip", "fliplr", "flipud", "rot90", "repeat", "tile",
     "repeat_interleave", "unfold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "tensor_split",
 ]  # fmt: skip
+# What these do to kept units depends on which others are removed.
+POSITIONAL = ["slice", "narrow", "select", "split_with_sizes", "roll", "unfold", "tensor_split"]
 REDUCED = [
     "sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "var", "std", "var_mean", "std_mean", "norm",
     "linalg_vector_norm", "logsumexp", "argmax", "argmin", "median", "mode", "count_nonzero", "nansum", "nanmean",

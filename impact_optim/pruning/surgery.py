@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .graph import UnitGraph
+from .graph import UnitGraph, mismatch
 from .rehearsal import culprit, first_names, forward, named_tensors
 
 
@@ -63,6 +63,11 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
                 f"The model would not run after the cut: {module or 'the model itself'} ({line}) stops with "
                 f"{type(error).__name__}: {error}. Nothing was changed. Leave out the groups that this module uses."
             ) from error
+    if graph._positional and (fault := mismatch(model, graph, units)) is not None:
+        raise RuntimeError(
+            f"The model would not compute the same after the cut: {fault}. Nothing was changed. Its code takes units "
+            "by their position; remove others."
+        )
     modules = dict(model.named_modules())
     changes = [(tensors[name], *_selected(tensors[name], kept)) for name, kept in plan.kept.items()]
     before = [(tensor, tensor.data, tensor.grad) for tensor, *_ in changes]
