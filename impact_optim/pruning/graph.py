@@ -344,13 +344,13 @@ def _build(
         graph._total += len(members)
 
     def units(labels: Tensor) -> Tensor:
-        return number[atoms.find(labels)]  # the last entry answers for -1
+        return number[atoms.find(core(labels))]  # the last entry answers for -1
 
     graph._axes = {key: _Place(units(labels), roles[key]) for key, labels in axes.items()}
     graph._axes = {key: place for key, place in graph._axes.items() if (place.units >= 0).any()}
     counts: _Counts = {}
     for module, attribute, labels, dim in run.sizes:
-        counted = _along(units(labels), dim)
+        counted = _along(units(labels), dim) if core(labels).size(dim) > 1 else None
         candidates = counts.setdefault((module, attribute), [])
         if counted is not None and not any(torch.equal(counted, other) for other in candidates):
             candidates.append(counted)
