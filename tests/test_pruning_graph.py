@@ -574,6 +574,32 @@ def test_an_untraceable_model_is_named_with_the_line() -> None:
         trace(model.double(), tokens())
 
 
+def test_an_untraceable_module_can_be_ignored() -> None:
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.odd = nn.Linear(6, 5), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor, *, scale: float) -> dict[str, Any]:
+            return {"y": scale * (self.even(x) if x.sum() > 0 else self.odd(x)), "n": 3}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = m.b(F.relu(m.choice(F.relu(m.a(x)), scale=0.5)["y"]))
+        return m.d(F.relu(m.c(x)))
+
+    model = randomised(
+        Run(forward, a=nn.Linear(12, 6), choice=Choice(), b=nn.Linear(5, 12), c=nn.Linear(12, 8), d=nn.Linear(8, 2))
+    )
+    graph = trace(model, tokens(), ignore=[model.choice])
+    assert {name: group.size for name, group in graph.groups.items()} == {"c": 8}
+    assert graph.frozen["a"] == "choice is ignored"
+    reference = deafened(model, graph, {"c": [0, 5]})
+    cut(model, graph, {"c": [0, 5]})
+    inputs = tokens()
+    assert difference(run(reference, inputs), run(model, inputs)) < 1e-12
+
+
 def test_tracing_leaves_the_model_as_it_was() -> None:
     model = randomised(nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.Dropout(0.5), nn.Conv2d(5, 2, 1)))
     model.train()

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, core, varied
 from .operators import RULES
-from .rehearsal import Inputs, Plan, as_inputs, culprit, export, first_names, forward, kept_indices, named_tensors
+from .rehearsal import (
+    Inputs,
+    Plan,
+    as_inputs,
+    culprit,
+    export,
+    first_names,
+    forward,
+    kept_indices,
+    named_tensors,
+    outputs,
+)
 
 
 class Axis(NamedTuple):
@@ -87,6 +98,7 @@ class UnitGraph:
     _sizes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     _seen: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
     _total: int = 0
+    _opaque: dict[str, list[Any]] = field(default_factory=dict)
     _constants: list[tuple[str, Any]] = field(default_factory=list)
     _positional: bool = False  # whether what a cut leaves depends on more than which units are coupled
 
@@ -118,7 +130,7 @@ class UnitGraph:
                 raise ValueError(f"{name!r}: one of its {group.size} units must stay.")
             removed[group._numbers()[chosen]] = True
             touched.add(name)
-        plan = Plan()
+        plan = Plan(opaque=self._opaque)
         for (name, dim), place in self._axes.items():
             kept = kept_indices(place.units, removed)
             if len(kept) < len(place.units):
@@ -220,7 +232,8 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     Args:
         model: any module that ``torch.export`` can trace.
         example_inputs: the arguments of a forward pass: a tuple, a mapping of keyword arguments, or one tensor.
-        ignore: modules whose parameters are never cut.
+        ignore: modules that are never cut. They are run once, with their data, and not traced: a module that
+            ``torch.export`` cannot trace can be left out so.
 
     Raises:
         RuntimeError: ``torch.export`` cannot trace the model.
@@ -228,14 +241,16 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     inputs = as_inputs(example_inputs)
     names = first_names(model)
     atoms, axes = Atoms(), dict[AxisKey, Tensor]()
-    run = _propagate(model, inputs, Plan(), (False,), atoms, axes, names, None)
-    ignored = {names[name] for module in ignore for name in _names_in(model, module)}
+    parts = list(ignore)
+    uncut = Plan(opaque=outputs(model, inputs, parts) if parts else {})
+    run = _propagate(model, inputs, uncut, (False,), atoms, axes, names, None)
+    ignored = {names[name] for module in parts for name in _names_in(model, module)}
     modes: tuple[bool, ...] = (False,)
     unseen = [name for name, _ in model.named_parameters() if name not in run.used | ignored]
     if unseen:  # heads that only training reads still read the units
         modes = (False, True)
         try:
-            _extend(run, model, inputs, Plan(), True)
+            _extend(run, model, inputs, uncut, True)
         except RuntimeError as error:
             raise RuntimeError(
                 f"Evaluation does not use {unseen[0]} (one of {len(unseen)} such parameters), and the model cannot be "
@@ -247,7 +262,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
             atoms.freeze(labels, "its module is ignored")
     run.settle()
     graph, number, counts = _build(model, run, atoms, axes)
-    graph._inputs, graph._training, graph._constants = inputs, modes, run.constants
+    graph._inputs, graph._training, graph._constants, graph._opaque = inputs, modes, run.constants, uncut.opaque
     first, last = _sample(graph, 0), _sample(graph, -1)
     _settle_sizes(model, graph, counts, first)
     _rehearse(model, graph, [first, last])
@@ -286,7 +301,7 @@ def _extend(run: Propagation, model: nn.Module, inputs: Inputs, plan: Plan, trai
         where = f"in {module or 'the model itself'} ({line})" if line else "somewhere in it"
         raise RuntimeError(
             f"torch.export cannot trace the model: it stopped {where} with {type(error).__name__}: {error}. "
-            "Trace the part of the model without that module, or change that line."
+            "Change that line, or leave the module out with ignore=."
         ) from error
     run.run(program)
 

@@ -420,6 +420,12 @@ def _weight_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value
     return run.combine(direction.shape, [direction, length])
 
 
+def _opaque(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
+    for value in bound["inputs"]:
+        run.freeze(value, f"{run.module()} is ignored")
+    return Value(_shape(node))
+
+
 def _unfolded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     """im2col: every channel becomes one row for each tap of the kernel."""
     value, shape = run.mix(bound["self"], (-1, -2)), _shape(node)
@@ -511,4 +517,5 @@ RULES: dict[str, Rule] = {
     "glu": _glu,
     "im2col": _unfolded,
     "_weight_norm": _weight_normed,
+    "impact_optim::opaque": _opaque,
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@torch.library.custom_op(
+    "impact_optim::opaque",
+    mutates_args=(),
+    schema="(Tensor[] inputs, int[] shape, ScalarType dtype, Device device) -> Tensor",
+)
+def _opaque(inputs: list[Tensor], shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a module that is not run makes of its inputs."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+_opaque.register_fake(lambda inputs, shape, dtype, device: torch.empty(shape, dtype=dtype, device=device))
 
 
 @dataclass
@@ -26,6 +40,8 @@ class Plan:
     """First qualified name of a parameter or buffer -> dimension -> the indices that are kept."""
     sizes: dict[tuple[str, str], int] = field(default_factory=dict)
     """Module and integer attribute -> its new value."""
+    opaque: dict[str, list[Any]] = field(default_factory=dict)
+    """Modules that are not run -> what each of their calls returns, tensors without data."""
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -82,6 +98,54 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+def outputs(model: nn.Module, inputs: Inputs, parts: Iterable[nn.Module]) -> dict[str, list[Any]]:
+    """Runs a model, and notes what each call of some of its modules returns."""
+    names = {module: name for name, module in model.named_modules()}
+    noted: dict[str, list[Any]] = {names[part]: [] for part in parts}
+    args, kwargs = inputs
+
+    def note(part: nn.Module, _: Any, output: Any) -> None:
+        noted[names[part]].append(tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (output, _devices(output))))
+
+    handles = [part.register_forward_hook(note) for part in parts]
+    try:
+        with _mode(model, training=False), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return noted
+
+
+def _devices(output: Any) -> list[torch.device]:
+    return [leaf.device for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _not_run(model: nn.Module, opaque: Mapping[str, list[Any]]) -> Iterator[None]:
+    """Modules return what they are known to return."""
+    modules = dict(model.named_modules())
+
+    def stand_in(calls: Iterator[Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            output, devices = next(calls)
+            places = iter(devices)
+            return tree_map_only(Tensor, lambda t: _opaque(given, list(t.shape), t.dtype, next(places)), output)
+
+        return forward
+
+    try:
+        for name, calls in opaque.items():
+            if calls:
+                modules[name].forward = stand_in(itertools.cycle(calls))
+        yield
+    finally:
+        for name, calls in opaque.items():
+            if calls:
+                del modules[name].forward
+
+
 @contextmanager
 def _without_data(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Inputs]:
     """The model with the shapes that a plan gives it; yields inputs for it."""
@@ -109,7 +173,7 @@ def _without_data(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Inpu
     try:
         for store, key, _, stand_in in places:
             store[key] = stand_in
-        with resized(model, plan.sizes), fake:
+        with resized(model, plan.sizes), _not_run(model, plan.opaque), fake:
             yield tree_map_only(Tensor, fake.from_tensor, inputs)
     finally:
         for store, key, tensor, _ in places:
