@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -163,56 +164,59 @@ def measure_accuracy(args: argparse.Namespace, lines: Lines) -> None:
     lr = choose_learning_rate(args, data, lines)
     for seed in range(args.seeds):
         for optimizer in ("SGD", "ImpactSGD"):
-            missing = [
-                (criterion, split)
+            keys = [
+                {**settings, "lr": lr, "seed": seed, "optimizer": optimizer, "criterion": criterion, "split": split}
                 for name, criterion, split in RUNS
-                if name == optimizer
-                and not lines.matching(
-                    **settings, lr=lr, seed=seed, optimizer=optimizer, criterion=criterion, split=split
-                )
+                if name == optimizer and (criterion != "torch-pruning" or find_spec("torch_pruning"))
             ]
+            missing = [key for key in keys if not lines.matching(**key)]
             if not missing:
                 continue
             trunk = Run(args, data, lr, seed, optimizer)
-            pruner = trunk.pruner("entropy", "uniform")
-            trunk.train(0, args.cut_epoch - 1)
-            pruner.epoch = args.cut_epoch - 1
-            pruner.statistics.attach()
-            trunk.train(args.cut_epoch - 1, args.cut_epoch)
-            pruner.statistics.detach()
-            before = trunk.accuracy()
-            state = deepcopy([pruner.state_dict(), trunk.model.state_dict(), trunk.optimizer.state_dict()])
-            for criterion, split in missing:
+            states, before = train_to_the_cut(trunk)
+            for key in missing:
                 run = Run(args, data, lr, seed, optimizer)
-                size = model_size(run.model, ((data.x[:1],), {}))
-                chosen = group_norm(trunk.model, data.x[:1]) if criterion == "torch-pruning" else criterion
-                after = renewed = before
-                pruner = run.pruner(chosen or "random", split)
-                for part, saved in zip((pruner, run.model, run.optimizer), state, strict=True):
-                    part.load_state_dict(deepcopy(saved))
-                pruner.statistics.detach()
-                if criterion is not None:
-                    pruner.step()
-                    after, renewed = run.accuracy(renew_batch_norm=False), run.accuracy()
-                cut_size = model_size(run.model, ((data.x[:1],), {}))
-                run.train(args.cut_epoch, args.epochs)
-                lines.add(
-                    {
-                        **settings,
-                        "lr": lr,
-                        "seed": seed,
-                        "optimizer": optimizer,
-                        "criterion": criterion,
-                        "split": split,
-                        "before": before,
-                        "after": after,
-                        "after_renewed": renewed,
-                        "end": run.accuracy(),
-                        "macs": [size.macs[""], cut_size.macs[""]],
-                        "parameters": [size.parameters[""], cut_size.parameters[""]],
-                    }
-                )
-                print(f"seed {seed}, {optimizer}, {criterion}, {split}: {lines.matching()[-1]['end']:.2f}", flush=True)
+                criterion = key["criterion"]
+                if criterion == "torch-pruning":
+                    criterion = group_norm(trunk.model, data.x[:1])
+                line = {**key, "before": before, **finish(run, states, criterion, key["split"])}
+                lines.add(line)
+                print(f"seed {seed}, {optimizer}, {key['criterion']}, {key['split']}: {line['end']:.2f}", flush=True)
+
+
+def train_to_the_cut(run: Run) -> tuple[list[Line], float]:
+    """States of the pruner, the model and the optimizer before a cut, with statistics for all criteria; accuracy."""
+    pruner = run.pruner("entropy", "uniform")
+    run.train(0, run.args.cut_epoch - 1)
+    pruner.epoch = run.args.cut_epoch - 1
+    pruner.statistics.attach()
+    run.train(run.args.cut_epoch - 1, run.args.cut_epoch)
+    pruner.statistics.detach()
+    accuracy = run.accuracy()
+    return deepcopy([pruner.state_dict(), run.model.state_dict(), run.optimizer.state_dict()]), accuracy
+
+
+def finish(run: Run, states: list[Line], criterion: str | Criterion | None, split: str) -> Line:
+    """Goes on from :func:`train_to_the_cut`, cuts, and trains to the end."""
+    pruner = run.pruner(criterion or "random", split)
+    for part, state in zip((pruner, run.model, run.optimizer), states, strict=True):
+        part.load_state_dict(deepcopy(state))
+    example = ((run.data.x[:1],), {})
+    before, line = model_size(run.model, example), {}
+    if criterion is None:
+        pruner.statistics.detach()
+        line["after"] = line["after_renewed"] = run.accuracy()
+    else:
+        pruner.step()
+        line = {"after": run.accuracy(renew_batch_norm=False), "after_renewed": run.accuracy()}
+    after = model_size(run.model, example)
+    run.train(run.args.cut_epoch, run.args.epochs)
+    line["end"] = run.accuracy()
+    return {
+        **line,
+        "macs": [before.macs[""], after.macs[""]],
+        "parameters": [before.parameters[""], after.parameters[""]],
+    }
 
 
 def accuracy_settings(args: argparse.Namespace) -> Line:
@@ -228,13 +232,19 @@ def choose_learning_rate(args: argparse.Namespace, data: Data, lines: Lines) -> 
             run = Run(args, data.validation_split(0.2), lr, TUNING_SEED, "SGD")
             run.train(0, args.epochs)
             lines.add({**settings, "lr": lr, "validation": run.accuracy()})
-    return max(lines.matching(**settings), key=lambda line: line["validation"])["lr"]
+    return best_learning_rate(args, lines)
+
+
+def best_learning_rate(args: argparse.Namespace, lines: Lines) -> float | None:
+    tried = lines.matching(**{**accuracy_settings(args), "part": "tuning"})
+    return max(tried, key=lambda line: line["validation"])["lr"] if tried else None
 
 
 def print_accuracy(args: argparse.Namespace, lines: Lines) -> None:
     print("\n| optimizer | criterion | split | seeds | before | after | renewed | end | − uncut | MACs | parameters |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    found = [line for line in lines.matching(**accuracy_settings(args)) if line["seed"] < args.seeds]
+    found = lines.matching(**accuracy_settings(args), lr=best_learning_rate(args, lines))
+    found = [line for line in found if line["seed"] < args.seeds]
     uncut = {(line["optimizer"], line["seed"]): line["end"] for line in found if line["criterion"] is None}
     for optimizer, criterion, split in RUNS:
         runs = [
@@ -262,30 +272,28 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def measure_latency(args: argparse.Namespace, lines: Lines) -> None:
     """Milliseconds of a forward pass in float32, the two networks taking turns."""
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        uncut = build_model("resnet18", (1, 28, 28), 10, 64)
-        model = deepcopy(uncut)
-        example = torch.randn(1, 1, 28, 28)
-        report = ActivationPruner(model, example, {1: args.removed}, criterion="l1", target="macs").step()
-        for batch in (1, 64):
-            x = torch.randn(batch, 1, 28, 28)
-            before, after = in_turns(
-                *(lambda m=m, x=x: forward(m, x) for m in (uncut, model)), repeats=200 // batch + 9
-            )
-            lines.add(
-                {"part": "latency", "threads": threads, "batch": batch, "ms": [before, after], "macs": report.macs}
-            )
+    uncut = build_model("resnet18", (1, 28, 28), 10, 64)
+    model = deepcopy(uncut)
+    example = torch.randn(1, 1, 28, 28)
+    report = ActivationPruner(model, example, {1: args.removed}, criterion="l1", target="macs").step()
+    for batch, repeats in ((1, 40), (64, 9)):
+        x = torch.randn(batch, 1, 28, 28)
+        ms = in_turns(*(lambda m=m, x=x: forward(m, x) for m in (uncut, model)), repeats=repeats)
+        lines.add({"part": "latency", "threads": args.threads, "batch": batch, "ms": ms, "macs": report.macs})
 
 
 def measure_cost(args: argparse.Namespace, lines: Lines) -> None:
-    torch.set_num_threads(2)
+    """Seconds that the pruner's own work takes, and what its hooks add to a training step."""
     example = torch.randn(1, 3, 224, 224)
+
+    def add(what: str, value: float) -> None:
+        lines.add({"part": "cost", "threads": args.threads, "what": what, "value": value})
+
     for name in ("resnet50", "vit_b_16"):
         model = torchvision.models.get_model(name)
         started = time.perf_counter()
         graph = trace(model, example)
-        lines.add({"part": "cost", "what": f"graph of {name}, s", "value": time.perf_counter() - started})
+        add(f"graph of {name}, s", time.perf_counter() - started)
         if name == "resnet50":
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             model(torch.randn(2, 3, 64, 64)).sum().backward()
@@ -293,16 +301,15 @@ def measure_cost(args: argparse.Namespace, lines: Lines) -> None:
             halves = {group.name: range(group.size // 2) for group in graph.groups.values()}
             started = time.perf_counter()
             repair(cut(model, graph, halves), model, optimizers=[optimizer])
-            lines.add({"part": "cost", "what": f"cut and repair of {name}, s", "value": time.perf_counter() - started})
+            add(f"cut of half the channels of {name}, with repair, s", time.perf_counter() - started)
 
-    torch.set_num_threads(1)
     data = Data(torch.randn(64, 1, 28, 28), torch.arange(64) % 10, torch.empty(0), torch.empty(0), 10)
     wide = argparse.Namespace(width=64, epochs=1, cut_epoch=1, removed=args.removed)
-    plain, observed = Run(wide, data, 0.01, 0, "SGD"), Run(wide, data, 0.01, 0, "SGD")
+    plain, observed = (Run(wide, data, 0.01, 0, "SGD") for _ in range(2))
     pruner = observed.pruner("entropy", "uniform")
     pruner.statistics.every = 1
-    without, recorded = in_turns(lambda: plain.train(0, 1), lambda: observed.train(0, 1), repeats=12)
-    lines.add({"part": "cost", "what": "a recorded step of ResNet-18, %", "value": 100 * (recorded / without - 1)})
+    without, recorded = in_turns(lambda: plain.train(0, 1), lambda: observed.train(0, 1), repeats=8)
+    add("a recorded step of ResNet-18, % longer (one in 8 is recorded)", 100 * (recorded / without - 1))
 
 
 def forward(model: nn.Module, x: Tensor) -> None:
@@ -349,17 +356,17 @@ def main() -> None:
     parser.add_argument("--cut-epoch", type=int, default=3, help="after which is cut (%(default)s)")
     parser.add_argument("--removed", type=float, default=0.5, help="share of the MACs (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="for accuracy (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--data-folder", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pruning.jsonl")
     args = parser.parse_args()
     lines, parts = Lines(args.out), args.parts or ["accuracy", "latency", "cost"]
+    torch.set_num_threads(args.threads)
     if "latency" in parts:
         measure_latency(args, lines)
     if "cost" in parts:
         measure_cost(args, lines)
     if "accuracy" in parts:
-        torch.set_num_threads(args.threads)
         measure_accuracy(args, lines)
     print_accuracy(args, lines)
     print_times(lines)

@@ -388,7 +388,8 @@ class ActivationPruner:
             ValueError: it is not of this model, or the model has been cut otherwise, or an optimizer or an averaged
                 copy was loaded first. Nothing has changed then.
         """
-        units, groups = state_dict["units"], self.graph.groups
+        # On the CPU, like those of the graph, wherever the state was loaded to.
+        units, groups = {name: left.cpu() for name, left in state_dict["units"].items()}, self.graph.groups
         if units.keys() != groups.keys():
             differing = sorted(units.keys() ^ groups.keys())
             raise ValueError(
