@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint clean
 
 # Learning rates are those that `benchmarks/claim.py --data digits` found on a validation split.
-demo: $(VENV)/ready  ## the study's arms on real data, 3 seeds, in under 3 minutes; pictures in runs/demo
+demo: $(VENV)/ready  ## the study's arms, then networks cut in training: 3 seeds, under 3 minutes; runs/demo, runs/demo-pruned
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --drop-rate 0.3 --threads 1 --out runs/demo \
 		--arms baseline dropconnect impacts impacts+regularization fisher \
 		--lr 0.1 --set baseline.lr=0.05 --set impacts.lr=0.05 --set fisher.lr=0.2
+	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --model cnn --epochs 20 --threads 1 \
+		--out runs/demo-pruned --arms baseline fisher --prune 8:0.3,14:0.5 --prune-target macs
 
 test: lint  ## linter, type checker and tests
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

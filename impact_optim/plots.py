@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
+    from .pruning.report import PruneReport
+
 __all__ = [
     "LayerStatistics",
     "arm_colors",
@@ -30,6 +32,7 @@ __all__ = [
     "plot_importances_of",
     "plot_keep_probabilities",
     "plot_keep_probabilities_of",
+    "plot_pruning",
 ]
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart, in an order that also works in print.
@@ -266,6 +269,48 @@ def plot_convergence(curves: Mapping[str, Mapping[str, ArrayLike]], colors: Mapp
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.grid(axis="y")
         figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=min(4, len(handles)))
+    return figure
+
+
+def plot_pruning(report: PruneReport) -> Figure:
+    """What a cut left of every layer: its units and its multiply-accumulates (MACs), a row each.
+
+    Solid is what stays, pale what this cut took; the outline of the units is what there was when the model was traced.
+
+    Raises:
+        ValueError: the model has no layer that can be cut.
+
+    Example:
+        >>> plot_pruning(pruner.step()).savefig("pruned.png", dpi=150)
+    """
+    from matplotlib import rc_context
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    layers = report.layers
+    if not layers:
+        raise ValueError("there is nothing to show: the model has no layer that can be cut")
+    stays, goes = _PALETTE[1], _PALETTE[6]
+    with rc_context(_STYLE):
+        figure, axes = _grid(1, 2, width=3.2, height=0.5 + 0.2 * len(layers), sharey=True)
+        rows = range(len(layers))
+        for ax, before, after in (
+            (axes[0][0], [layer.units[1] for layer in layers], [layer.units[2] for layer in layers]),
+            (axes[0][1], [layer.macs[0] for layer in layers], [layer.macs[1] for layer in layers]),
+        ):
+            ax.barh(rows, before, height=0.7, color=goes, alpha=0.5, linewidth=0, label="taken by this cut")
+            ax.barh(rows, after, height=0.7, color=stays, linewidth=0, label="left")
+            ax.grid(axis="x")
+        original = [layer.units[0] for layer in layers]
+        axes[0][0].barh(rows, original, height=0.7, fill=False, edgecolor="0.4", linewidth=0.7, label="originally")
+        axes[0][0].set_yticks(rows, [layer.name for layer in layers])
+        axes[0][0].set_ylim(len(layers) - 0.4, -0.6)
+        axes[0][0].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes[0][1].xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes[0][1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes[0][0].set_xlabel("units")
+        axes[0][1].set_xlabel(f"MACs (model: {report.macs[1] / max(report.macs[0], 1):.0%} of those before)")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3)
     return figure
 
 

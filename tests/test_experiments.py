@@ -28,8 +28,10 @@ from impact_optim.experiments.data import (
     stratified_choice,
 )
 from impact_optim.experiments.models import MODELS, build_model, sine_cosine_positions
+from impact_optim.experiments.pruning import PrunedNetwork, Pruning, format_pruned_table, latency, parse_schedule
 from impact_optim.experiments.results import ResultsFolder, format_table, summarise
 from impact_optim.experiments.training import Recipe, evaluate, expected_drop, train
+from impact_optim.pruning import LayerReport, PruneReport, load_pruned
 
 pytest.importorskip("sklearn")
 
@@ -388,6 +390,9 @@ def numbers(results):
         ("lookahead", Recipe(epochs=4, batch=40, width=16)),
         ("dropconnect", Recipe(model="resnet18", epochs=3, batch=40, width=4)),
         ("fisher", Recipe(model="cnn", epochs=3, batch=40, width=8, precision="bfloat16")),
+        ("baseline", Recipe(model="cnn", epochs=3, batch=40, width=8, prune=Pruning({2: 0.3}, target="macs"))),
+        ("fisher", Recipe(epochs=4, batch=40, width=16, prune=Pruning({1: 0.2, 3: 0.5}, "class_information"))),
+        ("saliency", Recipe(epochs=3, batch=40, width=16, prune=Pruning({2: 0.2, 3: 0.4}, "importance"))),
     ],
 )
 def test_a_killed_run_ends_with_the_numbers_of_one_left_alone(arm, recipe, digits, tmp_path):
@@ -415,6 +420,9 @@ def test_a_killed_run_ends_with_the_numbers_of_one_left_alone(arm, recipe, digit
     assert numbers(killed) == numbers(whole)
     assert len(numbers(whole)) == recipe.epochs
     assert killed.layers(arm, 3) == whole.layers(arm, 3)
+    if recipe.prune is not None:
+        weights = [results.pruned(arm, 3) / "model.safetensors" for results in (killed, whole)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
     assert not list((tmp_path / "killed" / "checkpoints").iterdir())
 
 
@@ -519,6 +527,52 @@ def test_evaluation_counts_every_example_once(digits, monkeypatch):
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, digits.y).item(), rel=1e-5)
     assert accuracy == (logits.argmax(1) == digits.y).sum().item() / 160
     assert model.training
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "rademacher", "l1", "random"])
+def test_a_run_with_cuts_measures_around_them_and_keeps_what_is_left(criterion, digits, tmp_path):
+    prune = Pruning({2: 0.25, 4: 0.5}, criterion, split="rademacher")  # the last one after the last epoch
+    results = run("fisher", digits, tmp_path, Recipe(epochs=4, batch=40, width=32, prune=prune))
+    assert ["accuracy_before_cut" in line for line in results.lines()] == [False, True, False, True]
+    network = PrunedNetwork.from_json(json.loads((results.pruned("fisher", 3) / "cut.json").read_text()))
+    original = build_model("mlp", digits.x.shape[1:], 10, 32)
+    assert [layer.name for layer in network.report.layers] == ["hidden1", "hidden2"]
+    assert sum(layer.units[0] for layer in network.report.layers) == 64
+    assert sum(layer.units[2] for layer in network.report.layers) == 32
+    loaded = load_pruned(original, results.pruned("fisher", 3))
+    assert [loaded.hidden1.out_features, loaded.hidden2.out_features] == [
+        layer.units[2] for layer in network.report.layers
+    ]
+    weights = [w.numel() for name, w in loaded.named_parameters() if name.endswith("weight")]
+    assert network.report.macs == (64 * 32 + 32 * 32 + 32 * 10, sum(weights))
+    assert network.report.parameters[1] == sum(p.numel() for p in loaded.parameters())
+    assert list(network.latency) == [1, 64]
+    assert evaluate(loaded, digits.heldout_x, digits.heldout_y)[1] == results.lines()[-1]["accuracy"]
+
+
+def test_arms_are_the_same_before_the_first_cut(digits, tmp_path):
+    recipe = Recipe(epochs=2, batch=40, width=16)
+    plain = run("saliency", digits, tmp_path / "plain", recipe)
+    recipe = Recipe(epochs=2, batch=40, width=16, prune=Pruning({2: 0.5}))
+    cut = run("saliency", digits, tmp_path / "cut", recipe)
+    assert numbers(cut)[0] == numbers(plain)[0]
+    assert numbers(cut)[1]["accuracy_before_cut"] == numbers(plain)[1]["accuracy"]
+
+
+def test_both_networks_are_timed_in_evaluation_mode():
+    seen = []
+
+    def watched(name):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        model.register_forward_hook(lambda model, inputs, output: seen.append((name, model[1].training)))
+        return model
+
+    first, second = watched("first"), watched("second")
+    assert min(latency(first, second, torch.zeros(3, 2))) > 0
+    assert set(seen) == {("first", False), ("second", False)}
+    assert seen[:4] == [("first", False), ("second", False)] * 2  # in turns
+    assert first.training
+    assert second.training
 
 
 def test_training_learns(digits, tmp_path):
@@ -630,6 +684,55 @@ def test_a_diverged_run_shows_in_the_table():
     assert a.accuracy.mean == pytest.approx(10)
 
 
+def pruned(macs, parameters, ms):
+    layer = LayerReport("hidden1", (8, 8, 4), None, (100, 40), (10, 4))
+    return PrunedNetwork(PruneReport(2, [layer], macs, parameters), {1: ms, 64: (10.0, 5.0)})
+
+
+def test_the_table_of_cuts_is_right_to_the_digit():
+    lines = [
+        line("a", seed, epoch, accuracy=0.9 if epoch == 3 else 0.5 + 0.1 * seed, **({} if epoch != 2 else cut))
+        for seed, cut in enumerate([{"accuracy_before_cut": 0.7}, {"accuracy_before_cut": 0.8}])
+        for epoch in (1, 2, 3)
+    ]
+    lines += [line("b", 0, epoch, accuracy=0.25) for epoch in (1, 2, 3)]  # its cut came to nothing
+    lines += [line("c", 0, 1, accuracy=0.25)]  # is not finished
+    networks = {
+        ("a", 0): pruned((2_000_000, 1_000_000), (999, 500), (0.5, 0.25)),
+        ("a", 1): pruned((2_000_000, 1_100_000), (999, 502), (0.7, 0.35)),
+        ("b", 0): pruned((2_000_000_000, 2_000_000_000), (23_456, 23_456), (1.0, 1.0)),
+    }
+    table = format_pruned_table(lines, ["a", "b", "c"], 3, "validation", lambda *key: networks[key]).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    assert cells[0] == [
+        "arm",
+        "seeds",
+        "cut after epoch 2: validation %",
+        "at the end",
+        "MACs",
+        "parameters",
+        "ms, batch 1",
+        "ms, batch 64",
+    ]
+    assert cells[2] == [
+        "a",
+        "2",
+        "75.00 ± 7.07 → 55.00 ± 7.07",
+        "90.00 ± 0.00",
+        "2M → 1.05M",
+        "999 → 501",
+        "0.60 → 0.30",
+        "10.00 → 5.00",
+    ]
+    assert cells[3] == ["b", "1", "", "25.00", "2G → 2G", "23.5k → 23.5k", "1.00 → 1.00", "10.00 → 5.00"]
+    assert len(cells) == 4
+
+
+def test_what_was_cut_survives_json():
+    network = pruned((2, 1), (4, 3), (0.5, 0.25))
+    assert PrunedNetwork.from_json(json.loads(json.dumps(network.to_json()))) == network
+
+
 # ------------------------------------------------------------------------------- command line
 
 SMALL = ["--epochs", "2", "--seeds", "2", "--subset", "120", "--width", "16", "--batch", "40", "--threads", "1"]
@@ -709,6 +812,13 @@ def test_ctrl_c_before_the_first_run_has_ended(tmp_path, capsys, monkeypatch):
         (["--subset", "5000"], "5000 examples was asked for"),
         (["--evaluate", "validation", "--validation-split", "0"], "both must have some"),
         (["--drop-rate", "2"], "arm dropconnect: Invalid drop_rate"),
+        (["--prune", "half"], "cannot read 'half': write EPOCH:FRACTION"),
+        (["--prune", "10:0.2:0.3"], "cannot read '10:0.2:0.3'"),
+        (["--prune", "10:0.2,10:0.4"], "names an epoch twice"),
+        (["--prune", "10:0.4,20:0.2"], "never falling"),
+        (["--prune", "0:0.2"], "counted from 1"),
+        (["--prune", "10:0.2,41:0.4"], "--prune cuts after epoch 41, but there are 40 epochs"),
+        (["--prune", "10:0.2", "--criterion", "importance"], "the arm baseline has none"),
     ],
 )
 def test_errors_of_the_user_are_one_line_and_leave_no_folder(arguments, message, tmp_path, capsys):
@@ -728,6 +838,37 @@ def test_changed_options_are_an_error_of_the_user(tmp_path, capsys):
     assert "made with batch=40, but now batch=30: give this study another --out" in capsys.readouterr().err
     assert cli.main([*command, "--set", "lr=0.3"]) == 2
     assert "lr=0.05 of arm baseline, but now lr=0.3" in capsys.readouterr().err
+
+
+def test_the_whole_program_cuts(tmp_path, capsys):
+    command = [*SMALL, "--width", "32", "--arms", "baseline", "fisher", "--out", str(tmp_path)]
+    command += ["--prune", "1:0.25,2:0.5", "--prune-target", "macs", "--criterion", "l1"]
+    assert cli.main(command) == 0
+    first = capsys.readouterr().out
+    assert re.findall(r"^\| (baseline|fisher) +\| +2 ", first, re.M) == ["baseline", "fisher"] * 2
+    assert re.search(r"cut after epoch 1: test % \| +cut after epoch 2: test %", first)
+    assert all((tmp_path / f"pruned-{arm}.png").exists() for arm in ("baseline", "fisher"))
+    assert cli.main(command) == 0  # nothing but the report: schedules are read as they were written
+    assert capsys.readouterr().out == first
+    assert cli.main([*command, "--prune", "1:0.25,2:0.6"]) == 2
+    assert "made with prune={'schedule': {'1': 0.25, '2': 0.5}" in capsys.readouterr().err
+
+
+def test_schedules_are_read():
+    assert parse_schedule("10:0.2,20:0.4") == {10: 0.2, 20: 0.4}
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["mlp", "cnn", pytest.param("resnet18", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)],
+)
+def test_every_model_can_be_cut(model, tmp_path, capsys):
+    width = {"resnet18": "4", "vit": "32"}.get(model, "16")
+    command = ["--model", model, "--width", width, "--epochs", "1", "--seeds", "1", "--subset", "40", "--batch", "20"]
+    command += ["--arms", "fisher", "--prune", "1:0.4", "--precision", "bfloat16", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    cut = json.loads((tmp_path / "pruned" / "fisher-0" / "cut.json").read_text())
+    assert cut["report"]["macs"][1] < 0.9 * cut["report"]["macs"][0]
 
 
 @pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seeds", "-1"], ["--batch", "many"], ["--data", "mnist"]])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..pruning.criteria import CRITERIA, SPLITS
 from .arms import ARMS, BASELINE, DEFAULT_ARMS, SETTABLE, arm_options
 from .data import DATA, Data, batch_count, load_data
 from .models import MODELS, build_model
+from .pruning import PrunedNetwork, Pruning, build_pruner, format_pruned_table, parse_schedule
 from .results import Line, ResultsFolder, format_table, runs_of, summarise
 from .training import DROP_SCHEDULES, PRECISIONS, SCHEDULES, Recipe, train
 
@@ -123,6 +126,25 @@ def _parser() -> argparse.ArgumentParser:
         help="of the forward and backward pass (%(default)s)",
     )
 
+    cuts = parser.add_argument_group("what to cut while training, in every arm")
+    cuts.add_argument(
+        "--prune",
+        metavar="EPOCH:SHARE,...",
+        help="remove units after these epochs until such shares are gone: --prune 10:0.2,20:0.4",
+    )
+    cuts.add_argument(
+        "--criterion", choices=CRITERIA, default=Pruning.criterion, help="what a unit is worth (%(default)s)"
+    )
+    cuts.add_argument(
+        "--prune-target",
+        choices=("units", "macs"),
+        default=Pruning.target,
+        help="what the shares are of: units or multiply-accumulates (%(default)s)",
+    )
+    cuts.add_argument(
+        "--prune-split", choices=SPLITS, default=Pruning.split, help="of the cuts over layers (%(default)s)"
+    )
+
     where = parser.add_argument_group("where")
     where.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto, the default, takes a GPU if there is one"
@@ -159,7 +181,12 @@ def _prepare(args: argparse.Namespace) -> Study:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
-    recipe = Recipe(args.model, args.width, args.epochs, args.batch, args.schedule, args.drop_schedule, args.precision)
+    prune = None
+    if args.prune is not None:
+        prune = Pruning(parse_schedule(args.prune), args.criterion, args.prune_target, args.prune_split)
+    recipe = Recipe(
+        args.model, args.width, args.epochs, args.batch, args.schedule, args.drop_schedule, args.precision, prune
+    )
     common = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "drop_rate")}
     arms = arm_options(list(dict.fromkeys(args.arms)), common, args.set)
     progress = sys.stderr.isatty() if args.progress is None else args.progress
@@ -172,7 +199,9 @@ def _prepare(args: argparse.Namespace) -> Study:
     if args.subset:
         data = data.subset(args.subset)
     with torch.device("meta"):
-        build_model(args.model, data.x.shape[1:], data.classes, args.width)
+        model = build_model(args.model, data.x.shape[1:], data.classes, args.width)
+    if prune is not None:
+        _check_pruning(prune, model, data, recipe, arms)
 
     settings = {
         "data": args.data,
@@ -184,6 +213,19 @@ def _prepare(args: argparse.Namespace) -> Study:
     }
     results = ResultsFolder(args.out or Path("runs") / f"{args.data}-{args.model}", settings, arms)
     return Study(arms, range(args.seeds), recipe, data.to(device), results, progress and _has_tqdm())
+
+
+def _check_pruning(
+    prune: Pruning, model: nn.Module, data: Data, recipe: Recipe, arms: Mapping[str, Mapping[str, Any]]
+) -> None:
+    if max(prune.schedule) > recipe.epochs:
+        raise ValueError(f"--prune cuts after epoch {max(prune.schedule)}, but there are {recipe.epochs} epochs")
+    if prune.criterion == "importance" and BASELINE in arms:
+        raise ValueError(
+            f"--criterion importance reads the importances of ImpactSGD, and the arm {BASELINE} has none: choose other "
+            "--arms or another --criterion"
+        )
+    build_pruner(prune, model, data.to("meta"), batch_count(data, recipe.batch), [], seed=0)
 
 
 def _device(name: str) -> torch.device:
@@ -295,6 +337,8 @@ def _report(study: Study) -> None:
         print("no run has finished yet")
         return
     table = format_table(summaries, epochs, heldout)
+    if study.recipe.prune is not None:
+        table += "\n\n" + format_pruned_table(lines, study.arms, epochs, heldout, lambda *run: _pruned(results, *run))
     (results.path / "table.md").write_text(table + "\n")
     print(table)
     try:
@@ -305,6 +349,10 @@ def _report(study: Study) -> None:
     print("\n" + "\n".join(str(path) for path in [results.path / "table.md", *pictures]))
 
 
+def _pruned(results: ResultsFolder, arm: str, seed: int) -> PrunedNetwork:
+    return PrunedNetwork.from_json(json.loads((results.pruned(arm, seed) / "cut.json").read_text()))
+
+
 def _draw(study: Study, lines: Sequence[Line]) -> list[Path]:
     from ..plots import (
         arm_colors,
@@ -312,6 +360,7 @@ def _draw(study: Study, lines: Sequence[Line]) -> list[Path]:
         plot_convergence,
         plot_importances_of,
         plot_keep_probabilities_of,
+        plot_pruning,
     )
 
     results, heldout = study.results, study.data.heldout
@@ -332,6 +381,9 @@ def _draw(study: Study, lines: Sequence[Line]) -> list[Path]:
     if layers:
         figures["importances"] = plot_importances_of(layers, colors)
         figures["keep_probability"] = plot_keep_probabilities_of(layers, colors)
+    if study.recipe.prune is not None:
+        for arm, by_seed in runs.items():  # seeds differ little in their widths
+            figures[f"pruned-{arm}"] = plot_pruning(_pruned(results, arm, min(by_seed)).report)
     paths = []
     for name, figure in figures.items():
         paths.append(results.path / f"{name}.png")

@@ -6,6 +6,7 @@
     results.jsonl                a line per run and epoch, written as it ends
     checkpoints/<arm>-<seed>.pt  of runs under way
     layers/<arm>-<seed>.json     importances and keep probabilities of finished runs, by layer
+    pruned/<arm>-<seed>/         networks of finished runs that were cut, as save_pruned() keeps them, and what was cut
     table.md, *.png              the report
 """
 
@@ -58,6 +59,7 @@ class ResultsFolder:
 
     def _claim(self, settings: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> None:
         config = {"settings": dict(settings), "arms": {arm: dict(options) for arm, options in arms.items()}}
+        config = json.loads(json.dumps(config))  # as it will be read
         path = self.path / "config.json"
         if path.exists():
             # Other arms and more seeds may join: no run depends on them.
@@ -135,6 +137,10 @@ class ResultsFolder:
     def layers(self, arm: str, seed: int) -> list[LayerStatistics]:
         """What :meth:`finish` kept; empty for an arm without masks."""
         return [LayerStatistics(**layer) for layer in json.loads(self._layers_path(arm, seed).read_text())]
+
+    def pruned(self, arm: str, seed: int) -> Path:
+        """The folder of the network that a run with cuts has left."""
+        return self.path / "pruned" / f"{arm}-{seed}"
 
     def _checkpoint_path(self, arm: str, seed: int) -> Path:
         return self.path / "checkpoints" / f"{arm}-{seed}.pt"
@@ -226,12 +232,12 @@ def summarise(lines: Iterable[Line], arms: Iterable[str], epochs: int) -> list[A
                 ArmSummary(
                     arm,
                     len(runs),
-                    accuracy=_spread(100 * end["accuracy"] for end in last),
-                    early_accuracy=_spread(100 * run[early_epoch(epochs) - 1]["accuracy"] for run in runs),
-                    accuracy_gap=_spread(100 * (end["train_accuracy"] - end["accuracy"]) for end in last),
-                    loss_gap=_spread(end["loss"] - end["train_loss"] for end in last),
-                    dropped=_spread(100 * fmean(line["dropped"] for line in run) for run in runs),
-                    seconds=_spread(sum(line["seconds"] for line in run) for run in runs),
+                    accuracy=spread(100 * end["accuracy"] for end in last),
+                    early_accuracy=spread(100 * run[early_epoch(epochs) - 1]["accuracy"] for run in runs),
+                    accuracy_gap=spread(100 * (end["train_accuracy"] - end["accuracy"]) for end in last),
+                    loss_gap=spread(end["loss"] - end["train_loss"] for end in last),
+                    dropped=spread(100 * fmean(line["dropped"] for line in run) for run in runs),
+                    seconds=spread(sum(line["seconds"] for line in run) for run in runs),
                 )
             )
     return summaries
@@ -253,13 +259,19 @@ def format_table(summaries: Sequence[ArmSummary], epochs: int, heldout: str = "t
     for s in summaries:
         percent = [f"{value:.2f}" for value in (s.accuracy, s.early_accuracy, s.accuracy_gap)]
         rows.append([s.arm, str(s.seeds), *percent, f"{s.loss_gap:.3f}", f"{s.dropped.mean:.1f}", f"{s.seconds:.1f}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return aligned_table(rows)
+
+
+def aligned_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them the header, as an aligned Markdown table: the first column left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [aligned[0], rule, *aligned[1:]])
 
 
-def _spread(values: Iterable[float]) -> Spread:
+def spread(values: Iterable[float]) -> Spread:
+    """Mean and standard deviation of the values."""
     values = list(values)
     mean = fmean(values)
     # Not statistics.stdev, which cannot take the nan of a run that diverged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +19,11 @@ from torch.optim.swa_utils import update_bn
 
 from ..impact_sgd import ImpactSGD
 from ..plots import layer_statistics
+from ..pruning.architecture import load_pruned, save_pruned
 from .arms import build_optimizer
 from .data import Data, batch_count, batches
 from .models import build_model
+from .pruning import Pruning, build_pruner, pruned_network
 from .results import Line, ResultsFolder
 
 SCHEDULES = ("constant", "cosine", "onecycle")
@@ -43,6 +46,7 @@ class Recipe:
         schedule: of the learning rate over all steps, one of :data:`SCHEDULES`.
         drop_schedule: of the drop rate over the epochs; ``"linear"`` decays to 0.
         precision: ``"bfloat16"`` computes in it under autocast; the weights stay float32.
+        prune: what is cut out of the network while it trains.
     """
 
     model: str = "mlp"
@@ -52,6 +56,7 @@ class Recipe:
     schedule: str = "cosine"
     drop_schedule: str = "constant"
     precision: str = "float32"
+    prune: Pruning | None = None
 
 
 def train(
@@ -65,6 +70,8 @@ def train(
     on_epoch: Callable[[Line], None] = lambda line: None,
 ) -> None:
     """Trains one arm with one seed to the end, from its checkpoint if it has one.
+
+    Where a network is cut, that is after the epoch; its accuracy is then measured before the cut, too.
 
     The initial weights and the order of the batches depend on the seed alone, so that arms can be compared in pairs.
     An interrupted run that goes on ends with the same numbers, bit for bit, as one that was left alone.
@@ -80,19 +87,20 @@ def train(
         on_epoch: called with the line of every epoch, after the checkpoint.
     """
     device = data.x.device
-    with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
-        torch.manual_seed(seed)
-        model = build_model(recipe.model, data.x.shape[1:], data.classes, recipe.width)
+    model = _initial_model(recipe, data, seed)
     channels_last = recipe.precision == "bfloat16" and any(isinstance(m, nn.Conv2d) for m in model.modules())
     memory_format = torch.channels_last if channels_last else torch.preserve_format
-    model.to(device).to(memory_format=memory_format)
+    model.to(memory_format=memory_format)
     optimizer = build_optimizer(arm, model, options, seed)
     steps = batch_count(data, recipe.batch)
     scheduler = _lr_scheduler(recipe.schedule, optimizer, recipe.epochs * steps)
+    pruner = None if recipe.prune is None else build_pruner(recipe.prune, model, data, steps, optimizer, seed)
     compute = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
     done = 0
     if (checkpoint := results.checkpoint(arm, seed, device)) is not None:
+        if pruner is not None:
+            pruner.load_state_dict(checkpoint["pruner"])  # first: it gives the model its shape
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
@@ -111,6 +119,8 @@ def train(
 
             def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
                 optimizer.zero_grad()
+                if pruner is not None and pruner.statistics.classes:
+                    pruner.statistics.labels = y
                 with compute:
                     loss = F.cross_entropy(model(x), y)
                 loss.backward()
@@ -123,15 +133,22 @@ def train(
         batch_loss = total.item() / steps
         seconds = time.perf_counter() - started
 
-        with _expected(optimizer), compute:
-            if any(isinstance(module, _BatchNorm) for module in model.modules()):
-                # The running statistics were gathered under masks, whose activations are noisier than those of the
-                # dense network: measure the latter (without gradients, a pass in train mode is dense). All arms get
-                # it, so that none is favoured. Training normalises by each batch and does not see the change.
-                inputs = (x for x, _ in islice(batches(data, recipe.batch, seed, epoch), _BATCH_NORM_BATCHES))
-                update_bn((x.to(memory_format=memory_format) for x in inputs), model)
-            train_loss, train_accuracy = evaluate(model, data.x[:_TRAIN_EVALUATED], data.y[:_TRAIN_EVALUATED])
-            heldout_loss, accuracy = evaluate(model, data.heldout_x, data.heldout_y)
+        def measured(epoch: int = epoch) -> tuple[tuple[float, float], tuple[float, float]]:
+            with _expected(optimizer), compute:
+                if any(isinstance(module, _BatchNorm) for module in model.modules()):
+                    # The running statistics were gathered under masks, whose activations are noisier than those of the
+                    # dense network: measure the latter (without gradients, a pass in train mode is dense). All arms get
+                    # it, so that none is favoured. Training normalises by each batch and does not see the change.
+                    inputs = (x for x, _ in islice(batches(data, recipe.batch, seed, epoch), _BATCH_NORM_BATCHES))
+                    update_bn((x.to(memory_format=memory_format) for x in inputs), model)
+                training = evaluate(model, data.x[:_TRAIN_EVALUATED], data.y[:_TRAIN_EVALUATED])
+                return training, evaluate(model, data.heldout_x, data.heldout_y)
+
+        (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
+        around_cut = {}
+        if pruner is not None and pruner.step().records:
+            around_cut = {"accuracy_before_cut": accuracy}
+            (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
         line = {
             "arm": arm,
             "seed": seed,
@@ -145,6 +162,7 @@ def train(
             "lr": lr,
             "dropped": expected_drop(optimizer),
             "seconds": round(seconds, 4),
+            **around_cut,
         }
         # The line first: an epoch that has no checkpoint is repeated, and its second line replaces the first.
         results.append(line)
@@ -154,9 +172,25 @@ def train(
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
         }
+        if pruner is not None:
+            checkpoint["pruner"] = pruner.state_dict()
         results.save_checkpoint(arm, seed, checkpoint)
         on_epoch(line)
+    if pruner is not None:
+        folder = results.pruned(arm, seed)
+        save_pruned(model, folder)
+        # Read back, the network has none of the hooks that this one trains with.
+        original, left = (_initial_model(recipe, data, seed) for _ in range(2))
+        cut = pruned_network(pruner, original, load_pruned(left, folder), data.x[:1])
+        (folder / "cut.json").write_text(json.dumps(cut.to_json()) + "\n")
     results.finish(arm, seed, layer_statistics(optimizer, model) if isinstance(optimizer, ImpactSGD) else [])
+
+
+def _initial_model(recipe: Recipe, data: Data, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # on the CPU, so that every device starts from the same weights
+        torch.manual_seed(seed)
+        model = build_model(recipe.model, data.x.shape[1:], data.classes, recipe.width)
+    return model.to(data.x.device)
 
 
 @torch.no_grad()

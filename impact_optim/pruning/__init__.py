@@ -1,0 +1,27 @@
+"""Cuts units that carry little information out of a network while it trains, exactly, and keeps what is left."""
+
+from .architecture import load_pruned, save_pruned
+from .criteria import CRITERIA
+from .graph import Axis, Observation, UnitGraph, UnitGroup, trace
+from .pruner import ActivationPruner, ramp
+from .repair import repair
+from .report import LayerReport, PruneReport
+from .surgery import PruneRecord, cut
+
+__all__ = [
+    "CRITERIA",
+    "ActivationPruner",
+    "Axis",
+    "LayerReport",
+    "Observation",
+    "PruneRecord",
+    "PruneReport",
+    "UnitGraph",
+    "UnitGroup",
+    "cut",
+    "load_pruned",
+    "ramp",
+    "repair",
+    "save_pruned",
+    "trace",
+]

@@ -1,0 +1,503 @@
+"""ActivationPruner: cuts the units that tell least out of a network while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
+from .graph import UnitGroup, trace
+from .rehearsal import as_inputs
+from .repair import repair, replace_state
+from .report import LayerReport, ModelSize, PruneReport, model_size
+from .statistics import ActivationStatistics, UnitStatistics
+from .surgery import PruneRecord, cut
+
+__all__ = ["ActivationPruner", "ramp"]
+
+Guard = tuple[Callable[[nn.Module], float], float]
+
+_WITHOUT_ACTIVATIONS = ("l1", "importance", "random")
+_SMALLER_CUTS = 4  # that are tried where the guard cannot bear one: the largest bearable is found to a sixteenth
+_MACS_TRIES, _MACS_TOLERANCE = 12, 0.002  # of the MACs of the whole network
+
+
+def ramp(final: float, *, start: int, end: int, frequency: int = 1, shape: str = "cubic") -> dict[int, float]:
+    r"""A schedule that rises from nothing removed at epoch ``start`` to ``final`` at epoch ``end``.
+
+    :math:`s(t) = s_f \big(1 - (1 - \tfrac{t - t_0}{t_1 - t_0})^p\big)` with p = 3 for ``"cubic"``, which cuts most
+    while there is most to spare, and p = 1 for ``"linear"``.
+
+    Args:
+        final: :math:`s_f`, the fraction removed in the end, in (0, 1).
+        start, end: :math:`t_0 < t_1`, epochs; at ``start`` nothing is cut yet.
+        frequency: epochs from one cut to the next; the last cut is at ``end`` in any case.
+        shape: ``"cubic"`` or ``"linear"``.
+
+    Source: Zhu & Gupta, To prune, or not to prune, 2017.
+
+    Example:
+        >>> ramp(0.5, start=0, end=4, shape="linear")
+        {1: 0.125, 2: 0.25, 3: 0.375, 4: 0.5}
+    """
+    if not (0 <= start < end and frequency >= 1 and 0 < final < 1):
+        raise ValueError(
+            f"ramp({final}, start={start}, end={end}, frequency={frequency}): it needs 0 < final < 1, "
+            "0 <= start < end, and a frequency of at least 1"
+        )
+    if shape not in ("cubic", "linear"):
+        raise ValueError(f"shape is {shape!r}; it must be 'cubic' or 'linear'")
+    power = 3 if shape == "cubic" else 1
+    epochs = [*range(start + frequency, end, frequency), end]
+    return {epoch: final * (1 - (1 - (epoch - start) / (end - start)) ** power) for epoch in epochs}
+
+
+class ActivationPruner:
+    """Removes the units of a network whose activations carry little information, at set epochs of its training.
+
+    The statistics of a criterion are gathered by forward hooks during the epochs that end with a cut, and only then.
+    A cut happens in place: the model, its parameters, the optimizers and their parameter groups stay the same objects.
+    What was built around tensors of the old shapes has to be built anew after it: ``DistributedDataParallel`` and CUDA
+    graphs. ``torch.compile`` compiles again by itself, for the epochs that are observed and after each cut.
+
+    Args:
+        model: in training; not wrapped.
+        example_inputs: the positional arguments of a forward pass as a tuple (one tensor may stand alone), or the
+            keyword arguments as a dict; MACs are counted for them.
+        schedule: epoch -> fraction removed by then, of all units or MACs that there were; see :func:`ramp`.
+        criterion: a name in :data:`~impact_optim.pruning.criteria.CRITERIA`, or a function like those.
+        optimizer: of the model's parameters, one or several.
+        averaged: averaged copies of the model, one or several.
+        target: what the fractions are of, ``"units"`` or ``"macs"``.
+        split: how the budget is spread over layers, ``"uniform"``, ``"global"`` or ``"rademacher"``.
+        round_to: layers keep a multiple of so many channels where they are wide enough.
+        min_units: that each layer keeps.
+        max_ratio: the largest share of its units that a layer may lose, in [0, 1].
+        ignore: modules of which nothing is cut.
+        guard: a metric, called with the model, of which more is better, and how much of it a cut may cost. A cut that
+            costs more is undone, and smaller ones are tried. Where processes train together, they compare its mean.
+        every: statistics are gathered in one of so many forward passes.
+        classes: number of classes, for ``"class_information"``; then ``pruner.statistics.labels`` is to be set before
+            each forward pass.
+        seed: of random signs, and of ``"random"``.
+
+    Raises:
+        TypeError, ValueError: an argument is not of that form.
+
+    Example:
+        >>> pruner = ActivationPruner(model, images, {10: 0.2, 20: 0.4}, optimizer=optimizer)
+        >>> for epoch in range(30):
+        ...     train_one_epoch(model, optimizer)
+        ...     print(pruner.step())
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+        schedule: Mapping[int, float],
+        *,
+        criterion: str | Criterion = "entropy",
+        optimizer: Optimizer | Iterable[Optimizer] = (),
+        averaged: nn.Module | Iterable[nn.Module] = (),
+        target: str = "units",
+        split: str = "uniform",
+        round_to: int = 8,
+        min_units: int = 1,
+        max_ratio: float = 1.0,
+        ignore: Iterable[nn.Module] = (),
+        guard: Guard | None = None,
+        every: int = 8,
+        classes: int = 0,
+        seed: int = 0,
+    ) -> None:
+        _check_model(model)
+        _check_schedule(schedule)
+        if isinstance(criterion, str) and criterion not in CRITERIA:
+            raise ValueError(f"criterion is {criterion!r}; choose from {list(CRITERIA)}, or hand in a function")
+        if target not in ("units", "macs"):
+            raise ValueError(f"target is {target!r}; it must be 'units' or 'macs'")
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; it must be one of {SPLITS}")
+        if round_to < 1 or min_units < 1 or not 0 <= max_ratio <= 1:
+            raise ValueError(
+                f"round_to={round_to} and min_units={min_units} must be at least 1, and max_ratio={max_ratio} in [0, 1]"
+            )
+        self.model, self.schedule, self.criterion = model, dict(sorted(schedule.items())), criterion
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
+        repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
+        self.target, self.split, self.guard, self.seed = target, split, guard, seed
+        self.round_to, self.min_units, self.max_ratio = round_to, min_units, max_ratio
+        self.epoch = 0
+        """Epochs that have ended."""
+        self.graph = trace(model, example_inputs, ignore=ignore)
+        self.statistics = ActivationStatistics(model, self.graph, every=every, classes=classes, seed=seed)
+        self._inputs = as_inputs(example_inputs)
+        self._size = model_size(model, self._inputs)
+        self._original_macs = self._size.macs[""]
+        self._attach_if_due()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.statistics.detach()  # the hooks of a copied model do nothing
+        self._attach_if_due()
+
+    # ------------------------------------------------------------------------------- once an epoch
+
+    def step(self) -> PruneReport:
+        """Ends an epoch: cuts if the schedule says so. The first call ends epoch 1.
+
+        Returns:
+            What has been cut; on an epoch off the schedule, nothing.
+
+        Raises:
+            ValueError: the criterion cannot score a group, or an optimizer has state that cannot be cut.
+            RuntimeError: the network would not run after the cut. Nothing has changed, whatever is raised.
+        """
+        epoch = self.epoch + 1
+        self.statistics.detach()  # what the guard evaluates is not the training that is observed
+        try:
+            if epoch in self.schedule:
+                report = self._cut_to(self.schedule[epoch], epoch)
+            else:
+                report = self._report(epoch, {}, {}, self._size)
+            self.epoch = epoch
+            self.statistics.reset()
+        finally:
+            self._attach_if_due()
+        return report
+
+    def dry_run(self, fraction: float) -> PruneReport:
+        """What a cut to this fraction would do now. Nothing changes, and the guard is not asked.
+
+        A criterion of activations needs some: let the model train with ``pruner.statistics.attach()``, if the schedule
+        does not do so in this epoch.
+
+        Args:
+            fraction: removed in total, in (0, 1).
+
+        Raises:
+            ValueError, RuntimeError: as :meth:`step`.
+        """
+        _check_schedule({1: fraction})
+        scores = self._scores()
+        chosen = self._choose(fraction, scores)
+        size = model_size(self.model, self._inputs, self.graph.plan(chosen))
+        return replace(self._report(self.epoch, chosen, scores.values, size), note="dry run")
+
+    def _attach_if_due(self) -> None:
+        if self.epoch + 1 in self.schedule and self._reads_activations():
+            self.statistics.attach()
+            if self.epoch > 0:
+                torch.compiler.reset()  # what is compiled already does not look for new hooks
+
+    def _reads_activations(self) -> bool:
+        return self.criterion not in _WITHOUT_ACTIVATIONS or self.split == "rademacher"
+
+    # ------------------------------------------------------------------------------- a cut
+
+    def _cut_to(self, fraction: float, epoch: int) -> PruneReport:
+        """Cuts until a fraction of what there was is gone, or as much of it as the guard bears."""
+        with self._all_or_nothing() as before:
+            scores, gone = self._scores(), self._gone()
+            chosen, metric, note = self._choose(fraction, scores), None, ""
+            if fraction <= gone:
+                note = f"{gone:.3g} of the {self.target} are gone already"
+            elif self.guard is not None:
+                borne, chosen, metric = self._bearable(fraction, scores, self.guard, before)
+                if borne < fraction:
+                    note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
+            size = model_size(self.model, self._inputs, self.graph.plan(chosen))
+            report = self._report(epoch, chosen, scores.values, size)
+            records = self._remove(chosen)
+            self._size = size
+            return replace(report, records=records, metric=metric, note=note)
+
+    def _bearable(
+        self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
+    ) -> tuple[float, dict[str, Tensor], tuple[float, float]]:
+        """The largest fraction that the guard bears, the units for it, and the metric before and after them."""
+        measure, tolerance = guard
+        start = _mean_over_processes(measure(self.model))
+        best: tuple[float, dict[str, Tensor], tuple[float, float]] = (self._gone(), {}, (start, start))
+        asked, too_much = fraction, fraction
+        for _ in range(1 + _SMALLER_CUTS):
+            before.restore()
+            chosen = self._choose(asked, scores)
+            self._remove(chosen)
+            end = _mean_over_processes(measure(self.model))
+            if start - end <= tolerance:  # not so for nan
+                best = (asked, chosen, (start, end))
+                if asked == fraction:
+                    break
+            else:
+                too_much = asked
+            asked = (best[0] + too_much) / 2
+        before.restore()
+        return best
+
+    def _scores(self) -> _Scores:
+        context = Context(
+            parameters=dict(self.model.named_parameters()),
+            statistics=self.statistics.all_reduce() if self._reads_activations() else {},
+            importances=self._importances(),
+            seed=self.seed,
+        )
+        criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
+        values = {name: criterion(group, context).detach().cpu() for name, group in self._groups().items()}
+        for name, value in values.items():
+            if value.shape != (size := self.graph.groups[name].size,):
+                raise ValueError(
+                    f"the criterion gives scores of shape {tuple(value.shape)} to {name}, which has {size} units; it "
+                    "must give one to each"
+                )
+        return _Scores(_of_first_process(values), context.statistics)
+
+    def _importances(self) -> dict[str, Tensor]:
+        """Of the weights that an ImpactSGD trains."""
+        names = {param: name for name, param in self.model.named_parameters()}
+        return {
+            names[param]: optimizer.importance(param)
+            for optimizer in self.optimizers
+            if self.criterion == "importance" and hasattr(optimizer, "importance")
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param in names
+        }
+
+    def _groups(self) -> dict[str, UnitGroup]:
+        """What can be scored and cut: groups whose activations no module shows stay, if the criterion reads those."""
+        reads = self._reads_activations()
+        return {name: group for name, group in self.graph.groups.items() if group.observations or not reads}
+
+    def _gone(self) -> float:
+        """The fraction that has been removed of what there was."""
+        if self.target == "macs":
+            return 1 - self._size.macs[""] / self._original_macs
+        groups = self._groups().values()
+        return 1 - sum(group.size for group in groups) / max(sum(group.original_size for group in groups), 1)
+
+    def _choose(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
+        """The units to remove, by group, so that a fraction of what there was is gone."""
+        gone = self._gone()
+        if fraction <= gone:
+            return {}
+        if self.target == "units":
+            return self._lowest((fraction - gone) / (1 - gone), scores)
+
+        # MACs go about with the square of the widths, and widths with the fraction of units: a straight line between
+        # two roots of MACs meets the wanted one after few trials.
+        wanted = (1 - fraction) * self._original_macs
+        low, high = (0.0, self._size.macs[""] ** 0.5), (1.0, 0.0)
+        best: tuple[float, dict[str, Tensor]] = (float("inf"), {})
+        for i in range(_MACS_TRIES):
+            asked = low[0] + (high[0] - low[0]) * (low[1] - wanted**0.5) / (low[1] - high[1])
+            if i % 2:  # a line alone may creep up on it from one side
+                asked = (low[0] + high[0]) / 2
+            chosen = self._lowest(asked, scores)
+            macs = model_size(self.model, self._inputs, self.graph.plan(chosen)).macs[""]
+            best = min(best, (abs(macs - wanted), chosen), key=lambda pair: pair[0])
+            if best[0] <= _MACS_TOLERANCE * self._original_macs:
+                break
+            if macs > wanted:
+                low = (asked, macs**0.5)
+            else:
+                high = (asked, macs**0.5)
+        return best[1]
+
+    def _lowest(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
+        groups = self._groups()
+        least = {name: math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9) for name, group in groups.items()}
+        return units_to_remove(
+            scores.values,
+            fraction,
+            split=self.split,
+            statistics=scores.statistics,
+            round_to={name: units_per_step(group, self.round_to) for name, group in groups.items()},
+            min_units={name: max(self.min_units, units) for name, units in least.items()},
+        )
+
+    def _remove(self, chosen: Mapping[str, Tensor]) -> list[PruneRecord]:
+        """Cuts everything that knows of the units. Where it raises, part of it may have been cut."""
+        kept = {}
+        for name, units in chosen.items():
+            stays = torch.ones(self.graph.groups[name].size, dtype=torch.bool)
+            stays[units] = False
+            kept[name] = stays.nonzero().flatten()
+        records = cut(self.model, self.graph, chosen)
+        repair(records, self.model, optimizers=self.optimizers, averaged=self.averaged)
+        self.statistics.keep(kept)
+        return records
+
+    def _report(
+        self, epoch: int, chosen: Mapping[str, Tensor], scores: Mapping[str, Tensor], after: ModelSize
+    ) -> PruneReport:
+        """What removing the chosen units does, before it is done."""
+        before, plan = self._size, self.graph.plan(chosen)
+        layers = [
+            LayerReport(
+                name,
+                (group.original_size, group.size, group.size - len(chosen.get(name, ()))),
+                (scores[name].min().item(), scores[name].max().item()) if name in scores else None,
+                (before.macs.get(name, 0), after.macs.get(name, 0)),
+                (before.parameters.get(name, 0), after.parameters.get(name, 0)),
+            )
+            for name, group in self.graph.groups.items()
+        ]
+        return PruneReport(
+            epoch,
+            layers,
+            (before.macs[""], after.macs[""]),
+            (before.parameters[""], after.parameters[""]),
+            [PruneRecord(name, dim, kept) for name, dims in plan.kept.items() for dim, kept in sorted(dims.items())],
+        )
+
+    @contextmanager
+    def _all_or_nothing(self) -> Generator[_Snapshot, None, None]:
+        before = _Snapshot(self)
+        try:
+            yield before
+        except BaseException:
+            before.restore()
+            raise
+
+    # ------------------------------------------------------------------------------- state dict
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the units that are left, and the statistics; arguments and weights are not in it."""
+        units = {name: group.original for name, group in self.graph.groups.items()}
+        return {"epoch": self.epoch, "units": units, "statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resumes: gives a newly built model the shape that the saved one had.
+
+        The order is: build the model, the optimizers and the pruner; load the pruner; then load the model, the
+        optimizers and the rest, whose tensors have the sizes that they fit now.
+
+        Raises:
+            ValueError: it is not of this model, or the model has been cut otherwise, or an optimizer or an averaged
+                copy was loaded first. Nothing has changed then.
+        """
+        # On the CPU, like those of the graph, wherever the state was loaded to.
+        units, groups = {name: left.cpu() for name, left in state_dict["units"].items()}, self.graph.groups
+        if units.keys() != groups.keys():
+            differing = sorted(units.keys() ^ groups.keys())
+            raise ValueError(
+                f"the state is of another model, or of one traced otherwise: see the groups {differing[:5]}"
+            )
+        for name, left in units.items():
+            if not torch.isin(left, groups[name].original).all():
+                raise ValueError(
+                    f"{name} has lost units that the state has, or never had them: load into a newly built model"
+                )
+        chosen = {name: (~torch.isin(groups[name].original, left)).nonzero().flatten() for name, left in units.items()}
+        self.statistics.detach()
+        try:
+            with self._all_or_nothing():
+                try:
+                    self._remove({name: positions for name, positions in chosen.items() if len(positions)})
+                except ValueError as error:
+                    raise ValueError(
+                        f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
+                    ) from error
+                self.statistics.load_state_dict(state_dict["statistics"])
+                self._size = model_size(self.model, self._inputs)
+            self.epoch = int(state_dict["epoch"])
+        finally:
+            self._attach_if_due()
+
+
+class _Scores(NamedTuple):
+    values: Mapping[str, Tensor]
+    statistics: Mapping[str, Sequence[UnitStatistics]]
+
+
+class _Snapshot:
+    """What a cut and an evaluation after it may change, to go back to.
+
+    Parameters by reference: a cut gives them other memory, and an evaluation does not train.
+    """
+
+    def __init__(self, pruner: ActivationPruner) -> None:
+        self._pruner = pruner
+        modules = [m for root in (pruner.model, *pruner.averaged) for m in root.modules()]
+        self._attributes = [(module, dict(vars(module))) for module in modules]
+        params = {p: None for module in modules for p in module.parameters(recurse=False)}
+        buffers = {b: None for module in modules for b in module.buffers(recurse=False)}
+        self._params = [(param, param.data, param.grad) for param in params]
+        self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
+        self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
+        self._graph = {key: deepcopy(value) for key, value in vars(pruner.graph).items() if key != "_inputs"}
+        self._statistics = deepcopy((pruner.statistics.groups, pruner.statistics.batches))
+        self._size = pruner._size
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Can be called again."""
+        for module, attributes in self._attributes:
+            for key in vars(module).keys() - attributes.keys():
+                delattr(module, key)
+            vars(module).update(attributes)
+        for param, data, grad in self._params:
+            param.grad = None
+            param.data = data
+            param.grad = grad
+        for buffer, data, values in self._buffers:
+            buffer.data = data.copy_(values)
+        for optimizer, state in self._states:
+            if optimizer.state is not state:
+                replace_state(optimizer, state)
+        vars(self._pruner.graph).update(deepcopy(self._graph))
+        self._pruner.statistics.groups, self._pruner.statistics.batches = deepcopy(self._statistics)
+        self._pruner._size = self._size
+
+
+def _mean_over_processes(metric: float) -> float:
+    if not (dist.is_available() and dist.is_initialized()):
+        return float(metric)
+    metrics: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(metrics, float(metric))
+    return sum(metrics) / len(metrics)
+
+
+def _of_first_process(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where processes train together they must cut alike, to the last bit of a score."""
+    if dist.is_available() and dist.is_initialized():
+        box = [scores]
+        dist.broadcast_object_list(box)
+        return box[0]
+    return scores
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"ActivationPruner takes a torch.nn.Module, but got {torch.typename(model)}")
+    kind = type(model).__name__
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise TypeError(
+            f"ActivationPruner takes the module inside {kind}: hand in model.module, and wrap it anew after each cut "
+            "(where report.records is not empty)"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("ActivationPruner takes the module that torch.compile got, not what it returned")
+
+
+def _check_schedule(schedule: Mapping[int, float]) -> None:
+    before = 0.0
+    for epoch, fraction in sorted(schedule.items()):
+        if type(epoch) is not int or epoch < 1 or not before <= fraction < 1 or fraction <= 0:
+            raise ValueError(
+                f"schedule is {dict(schedule)}; it must map epochs, counted from 1, to the fraction removed by then, "
+                "in (0, 1) and never falling"
+            )
+        before = fraction

@@ -1,0 +1,241 @@
+"""Carries a cut over to everything that is shaped like a parameter: optimizer state, gradients, averaged copies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves
+
+from .architecture import integer_attributes, set_integer_attributes
+from .rehearsal import named_tensors
+
+if TYPE_CHECKING:
+    from .surgery import PruneRecord
+
+__all__ = ["repair", "replace_state"]
+
+T = TypeVar("T")
+
+
+class _Cut(NamedTuple):
+    """What happened to one parameter or buffer."""
+
+    name: str
+    shape: torch.Size
+    """After the cut."""
+    kept: dict[int, Tensor]
+    """Dimension -> the kept indices of what it was before."""
+
+
+@torch.no_grad()
+def repair(
+    records: Iterable[PruneRecord],
+    model: nn.Module,
+    *,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    averaged: nn.Module | Iterable[nn.Module] = (),
+) -> None:
+    """Cuts the state of optimizers and averaged copies of a model as the model itself was cut.
+
+    Of an optimizer's state, a tensor of the parameter's shape is cut like the parameter; one that was reduced over
+    some dimensions, as row and column statistics are, is cut along those that it has; scalars stay. Parameters,
+    groups, their order and options stay. Everything is worked out before anything is changed: all or nothing.
+
+    Args:
+        records: what :func:`~impact_optim.pruning.surgery.cut` returned.
+        model: after the cut.
+        optimizers: one or several, of the model's parameters.
+        averaged: one or several copies of the model, such as :class:`torch.optim.swa_utils.AveragedModel`; their
+            parameters have the model's names, with or without ``module.`` before them.
+
+    Raises:
+        ValueError: an optimizer or a copy is not one of this model, was cut before, or has state of a shape that does
+            not tell how to cut it. Nothing has changed then.
+        TypeError: an optimizer keeps state that is not of one parameter, as LBFGS does. Nothing has changed then.
+    """
+    cuts = _cuts(records, model)
+    new_states = [
+        (optimizer, state)
+        for optimizer in _as_list(optimizers, Optimizer)
+        if (state := _cut_state(optimizer, model, cuts)) is not None
+    ]
+    copies = [_unwrapped(copy, model) for copy in _as_list(averaged, nn.Module)]
+    new_tensors = [new for copy in copies for new in _cut_copy(copy, cuts)]
+    old_states = [(optimizer, optimizer.state) for optimizer, _ in new_states]
+    try:
+        for optimizer, state in new_states:
+            replace_state(optimizer, state)
+    except BaseException:
+        for optimizer, state in old_states:
+            replace_state(optimizer, state)
+        raise
+    for tensor, data, grad in new_tensors:
+        tensor.grad = None  # one of another shape would be refused
+        tensor.data = data
+        tensor.grad = grad
+    for copy in copies if cuts else ():
+        set_integer_attributes(copy, integer_attributes(model))
+
+
+def _as_list(one_or_several: T | Iterable[T], kind: type[T]) -> list[T]:
+    return [one_or_several] if isinstance(one_or_several, kind) else list(one_or_several)  # type: ignore[arg-type]
+
+
+def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut]:
+    tensors = named_tensors(model)
+    cuts: dict[Tensor, _Cut] = {}
+    for name, dim, kept in records:
+        if name not in tensors:
+            raise ValueError(f"a record names {name!r}, which {type(model).__name__} does not have")
+        tensor = tensors[name]
+        cut = cuts.setdefault(tensor, _Cut(name, tensor.shape, {}))
+        cut.kept[dim] = cut.kept[dim][kept] if dim in cut.kept else kept
+    for cut in cuts.values():
+        for dim, kept in cut.kept.items():
+            if len(kept) != cut.shape[dim]:
+                raise ValueError(
+                    f"{cut.name} has {cut.shape[dim]} indices in dimension {dim}, but the records keep {len(kept)}; "
+                    "cut the model first, then repair with all the records of this cut and no others"
+                )
+    return cuts
+
+
+# ------------------------------------------------------------------------------- optimizers
+
+
+def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut]) -> dict[Tensor, Any] | None:
+    """The state that an optimizer has after the cut; None if nothing of it was cut."""
+    kind = type(optimizer).__name__
+    params = {param for group in optimizer.param_groups for param in group["params"]}
+    if params.isdisjoint(model.parameters()):
+        raise ValueError(
+            f"{kind} has no parameter of this {type(model).__name__}: hand in the optimizer that trains it"
+        )
+    if isinstance(optimizer, LBFGS) and optimizer.state:
+        raise TypeError("LBFGS keeps one flat history of all parameters, which cannot be cut: start a new one")
+    if params.isdisjoint(cuts):
+        return None
+    # Whoever only asks for the state of a parameter leaves an empty one behind, at which Adam's __setstate__ stumbles.
+    state: dict[Tensor, Any] = defaultdict(
+        dict, {param: entries for param, entries in optimizer.state.items() if entries}
+    )
+    for param, cut in cuts.items():
+        if param in state:
+            state[param] = _cut_entries(state[param], cut, kind)
+    return state
+
+
+def _cut_entries(entries: dict[str, Any], cut: _Cut, kind: str) -> dict[str, Any]:
+    """The state of one parameter after the cut."""
+    tensors = {}
+    for key, value in entries.items():
+        if isinstance(value, Tensor):
+            if value.numel() > 1:
+                tensors[key] = value
+        elif any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
+            raise TypeError(
+                f"{kind} keeps a {type(value).__name__} of tensors as {key!r} of {cut.name}; only a tensor per entry "
+                "can be cut: remove the entry and let the optimizer start it afresh"
+            )
+    # The records do not say what the sizes were. The entries that have all dimensions do, and must agree.
+    sizes: dict[int, tuple[int, str]] = {}
+    for key, value in tensors.items():
+        if value.dim() == len(cut.shape):
+            for dim, size in enumerate(value.shape):
+                if dim in cut.kept and size != 1 and sizes.setdefault(dim, (size, key))[0] != size:
+                    raise ValueError(
+                        f"{kind} has state of different sizes for dimension {dim} of {cut.name}: {sizes[dim][0]} in "
+                        f"{sizes[dim][1]!r}, {size} in {key!r}; one of them was cut before"
+                    )
+    known = {dim: size for dim, (size, _) in sizes.items()}
+    cut_tensors = {
+        key: _cut_entry(value, cut, known, f"{key!r} of {cut.name} in {kind}") for key, value in tensors.items()
+    }
+    return {**entries, **cut_tensors}
+
+
+def _cut_entry(value: Tensor, cut: _Cut, sizes: dict[int, int], what: str) -> Tensor:
+    fits: list[dict[int, Tensor]] = []
+    for dims in combinations(range(len(cut.shape)), value.dim()):
+        kept = {i: cut.kept[dim] for i, dim in enumerate(dims) if dim in cut.kept and value.shape[i] != 1}
+        if all(
+            _is_size(size, cut, dim, sizes) or (size == 1 and value.dim() == len(cut.shape))
+            for size, dim in zip(value.shape, dims, strict=True)
+        ) and not any(_is_same(kept, other) for other in fits):
+            fits.append(kept)
+    if len(fits) != 1:
+        why = "does not fit" if not fits else "does not tell which dimensions it has of"
+        raise ValueError(
+            f"{what} has the shape {tuple(value.shape)}, which {why} a parameter that was cut to {tuple(cut.shape)} in "
+            f"dimensions {sorted(cut.kept)}; remove the entry from optimizer.state to let it start afresh"
+        )
+    return select(value, fits[0])
+
+
+def _is_size(size: int, cut: _Cut, dim: int, sizes: dict[int, int]) -> bool:
+    """Whether a dimension of the parameter had this size before the cut."""
+    if dim not in cut.kept:
+        return size == cut.shape[dim]
+    return size == sizes.get(dim, size) and size > int(cut.kept[dim].max())
+
+
+def _is_same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[dim], b[dim]) for dim in a)
+
+
+def replace_state(optimizer: Optimizer, state: dict[Tensor, Any]) -> None:
+    """Gives an optimizer another state."""
+    # As load_state_dict does in the end, so that an optimizer that derives something from its state hears of it.
+    optimizer.__setstate__({"state": state, "param_groups": optimizer.param_groups})
+
+
+# ------------------------------------------------------------------------------- copies
+
+
+def _unwrapped(copy: nn.Module, model: nn.Module) -> nn.Module:
+    """The module inside, where an averaged copy wraps it."""
+    inner = getattr(copy, "module", None)
+    copy = inner if isinstance(inner, nn.Module) and type(copy) is not type(model) else copy
+    if named_tensors(copy).keys() != named_tensors(model).keys():
+        raise ValueError(
+            f"{type(copy).__name__} has not the parameters and buffers of {type(model).__name__}: hand in a copy of "
+            "this model"
+        )
+    return copy
+
+
+def _cut_copy(copy: nn.Module, cuts: dict[Tensor, _Cut]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """The tensors of an averaged copy to be changed, with their new data and gradients."""
+    tensors = named_tensors(copy)
+    new = []
+    for cut in cuts.values():
+        tensor = tensors[cut.name]
+        sizes = tuple(tensor.shape)
+        if len(sizes) != len(cut.shape) or not all(_is_size(size, cut, dim, {}) for dim, size in enumerate(sizes)):
+            raise ValueError(
+                f"{cut.name} has the shape {sizes} in {type(copy).__name__}, which the records cannot cut to "
+                f"{tuple(cut.shape)}: hand in a copy that was made before the cut"
+            )
+        grad = None if tensor.grad is None else select(tensor.grad, cut.kept)
+        new.append((tensor, select(tensor, cut.kept), grad))
+    return new
+
+
+def select(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
+    """The kept indices of some dimensions, in memory in the order that the tensor has; itself if all are kept."""
+    selected = tensor.detach()
+    for dim, indices in kept.items():
+        selected = selected.index_select(dim, indices.to(tensor.device))
+    if not kept or tensor.layout is not torch.strided:
+        return selected
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if order == sorted(order):
+        return selected
+    # index_select forgets channels last.
+    return torch.empty_permuted(selected.shape, order, dtype=tensor.dtype, device=tensor.device).copy_(selected)

@@ -1,0 +1,773 @@
+"""Statistics of the activations of units, streamed over the batches of a training run.
+
+A unit answers an input with a *response*: its activation averaged over positions (pixels, tokens), which of a unit with
+several channels (a head, a channel that has been flattened) is the root mean square over them, since within a head the
+coordinates are arbitrary. Per unit a histogram of the responses, their sums under random signs and a few counts are
+kept: nothing of the size of a parameter or of the data, and nothing that waits for the device.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
+
+from ..sampling import philox4x32
+from .graph import Observation, UnitGraph, UnitGroup
+
+# The finest bin width. Responses below 2^-64 are those of a dead unit.
+_FINEST = -64
+_ROWS = 4096  # samples taken in at once, where tokens or points are samples
+_WORD = 0xFFFFFFFF
+_SIGNS = 0x5241444D  # the third word of the counter, apart from every step of a mask stream
+
+
+# -- entropy --------------------------------------------------------------------------------------------------------
+
+
+def entropy(counts: Tensor) -> Tensor:
+    r"""The entropy of observed frequencies, :math:`H = -\sum_b p_b \log_2 p_b` with :math:`p = c / \sum c`, in bits.
+
+    Args:
+        counts: c ≥ 0, [..., bins]; 0 bits where all of them are 0.
+
+    Returns:
+        float64, [...], between 0 and log2(bins).
+
+    Example:
+        >>> entropy(torch.tensor([[1, 1, 1, 1], [4, 0, 0, 0]]))
+        tensor([2., 0.], dtype=torch.float64)
+    """
+    c = counts.double()
+    return torch.special.entr(c / c.sum(-1, keepdim=True).clamp_min(1.0)).sum(-1) / math.log(2.0)
+
+
+def mutual_information(counts: Tensor) -> Tensor:
+    r"""What a binned variable A tells of a class Y, :math:`I(A; Y) = H(A) - H(A|Y) = H(A) + H(Y) - H(A, Y)`, in bits.
+
+    Each entropy has the bias of its plug-in estimate taken off, :math:`(1 - m) / (2 n \ln 2)` with m occupied bins
+    and n samples; without that, units with many occupied bins would seem to know the class from few samples.
+
+    Args:
+        counts: samples by class and bin, [classes, ..., bins].
+
+    Returns:
+        float64, [...], at least 0.
+
+    Source: Miller, Note on the bias of information estimates, 1955.
+    """
+    joint = counts.movedim(0, -2)
+    tables = joint.sum(-2), joint.sum(-1), joint.flatten(-2)
+    n = tables[2].sum(-1).clamp_min(1)
+    of_bin, of_class, of_both = (
+        entropy(t) + (t.count_nonzero(dim=-1) - 1).clamp_min(0) / (2.0 * n * math.log(2.0)) for t in tables
+    )
+    return (of_bin + of_class - of_both).clamp_min(0.0)
+
+
+def coarsened(counts: Tensor, shift: Tensor) -> Tensor:
+    r"""A histogram on bins :math:`2^{shift}` times as wide: bin k becomes bin :math:`\lfloor k / 2^{shift} \rfloor`.
+
+    Bins are numbered from the middle, so that the edge between the two middle ones stays 0. It is exact: counting on
+    the wide bins at once gives the same.
+
+    Args:
+        counts: [..., units, bins].
+        shift: int64, [units], ≥ 0.
+    """
+    half = counts.shape[-1] // 2
+    place = torch.arange(-half, half, device=counts.device)
+    target = (place >> shift.clamp(max=62).unsqueeze(-1)) + half
+    return torch.zeros_like(counts).scatter_add_(-1, target.expand_as(counts), counts)
+
+
+def levels(counts: Tensor, number: int) -> Tensor:
+    """A histogram as one of ``number`` equal bins over the range of its occupied ones, by their centres.
+
+    Where a width is a power of two, between a quarter and all of the bins are occupied; this takes that step out.
+
+    Args:
+        counts: [classes, units, bins]; each unit has its own range, that over all classes.
+        number: bins of the result.
+    """
+    bins = counts.shape[-1]
+    place = torch.arange(bins, device=counts.device)
+    occupied = counts.sum(0) > 0
+    low = torch.where(occupied, place, bins).amin(-1, keepdim=True)
+    width = (torch.where(occupied, place, -1).amax(-1, keepdim=True) + 1 - low).clamp_min(1)
+    target = ((2 * (place - low) + 1) * number).div(2 * width, rounding_mode="floor").clamp(0, number - 1)
+    return counts.new_zeros(*counts.shape[:-1], number).scatter_add_(-1, target.expand_as(counts), counts)
+
+
+# -- Rademacher complexity ------------------------------------------------------------------------------------------
+
+
+def rademacher_signs(first: int, n: int, projections: int, *, seed: int = 0, rank: int = 0) -> Tensor:
+    """The signs σ of n consecutive samples under each projection, ±1, float64 [projections, n].
+
+    A sign is a function of (seed, rank, index of the sample, projection) and of nothing else, the same on every
+    device and however the samples come in batches.
+
+    Args:
+        first: index of the first sample, in [0, 2^32).
+        n: how many samples.
+        projections: how many independent vectors of signs, at most 128.
+        seed: in [0, 2^64).
+        rank: number of the data-parallel process.
+    """
+    sample = torch.arange(first, first + n)
+    words = philox4x32((sample & _WORD, rank, _SIGNS, 0), (seed & _WORD, seed >> 32 & _WORD))
+    bits = torch.stack(words).unsqueeze(1) >> torch.arange(32).view(1, 32, 1) & 1
+    return bits.flatten(0, 1)[:projections].double() * 2.0 - 1.0
+
+
+# All layers see the same samples, so that one batch needs the signs of few counters.
+@functools.lru_cache(maxsize=8)
+def _signs(first: int, n: int, projections: int, seed: int, rank: int, device: torch.device) -> Tensor:
+    return rademacher_signs(first, n, projections, seed=seed, rank=rank).to(device)
+
+
+def rademacher_complexity(projections: Tensor, n: Tensor | int, radius: Tensor | float = 1.0) -> Tensor:
+    r"""The empirical Rademacher complexity of the linear functions of a vector of features.
+
+    For :math:`F = \{x \mapsto \langle w, a(x) \rangle : \|w\|_2 \le B\}` the supremum is a norm:
+
+    .. math::
+        R(F) = \tfrac{1}{n} \, E_\sigma \sup_{f \in F} \sum_i \sigma_i f(x_i)
+             = \tfrac{B}{n} \, E_\sigma \Big\| \sum_i \sigma_i a(x_i) \Big\|_2
+             \le \tfrac{B}{n} \sqrt{\textstyle\sum_i \|a(x_i)\|^2}.
+
+    Khintchine's inequality bounds it from below by the same over √2: for one feature alone, R is its root mean square
+    up to that factor.
+
+    Args:
+        projections: :math:`\sum_i \sigma_i a(x_i)` for each vector of signs, [..., signs, features].
+        n: number of samples, broadcastable to [...].
+        radius: B, broadcastable to [...].
+
+    Returns:
+        [...], the mean over the given vectors of signs.
+
+    Source: Bartlett & Mendelson, Rademacher and Gaussian complexities, JMLR 2002; Haagerup, The best constants in the
+    Khintchine inequality, 1981.
+    """
+    return projections.norm(dim=-1).mean(-1) * radius / n
+
+
+def complexity_lost(projections: Tensor, order: Tensor) -> Tensor:
+    r"""The share of a layer's Rademacher complexity that goes with its first j features in an order.
+
+    It is :math:`1 - R(F_j) / R(F_0)` with F_j the linear functions of the features that are left (B drops out): 0 for
+    j = 0, 1 for all, and never falling. A layer without complexity loses j over the number of features.
+
+    Args:
+        projections: as in :func:`rademacher_complexity`, [signs, features].
+        order: int64, [features], the order of removal.
+
+    Returns:
+        float64, [features + 1].
+    """
+    left = projections[:, order].square().flip(-1).cumsum(-1).flip(-1)  # a row: the energy of what is not gone yet
+    left = nn.functional.pad(left, (0, 1)).sqrt().mean(0)
+    share = torch.arange(len(left), dtype=left.dtype, device=left.device) / max(len(order), 1)
+    return torch.where(left[0] > 0, 1.0 - left / left[0], share)
+
+
+# -- responses ------------------------------------------------------------------------------------------------------
+
+
+class ChannelResponses(NamedTuple):
+    """What is kept of an activation: a mean and a count per sample and channel."""
+
+    mean: Tensor
+    """Over positions, [samples, channels], float32 (float64 of a float64 activation)."""
+    positive: Tensor
+    """Positions where the activation is above 0, [samples, channels]; a whole number in a floating type."""
+    positions: int
+
+
+def channel_responses(activation: Tensor, dim: int) -> ChannelResponses:
+    """Averages an activation over all dimensions but the samples' (the first) and the channels'.
+
+    Args:
+        activation: of any floating type.
+        dim: the channels' dimension; not the first.
+
+    Raises:
+        TypeError, ValueError: the activation is not of that form.
+    """
+    if not activation.is_floating_point():
+        raise TypeError(f"an activation of type {activation.dtype} has no responses; observe a floating point tensor")
+    if dim == 0 or not -activation.ndim < dim < activation.ndim:
+        raise ValueError(
+            f"dimension {dim} of an activation of shape {tuple(activation.shape)} cannot be that of the channels: it "
+            "holds the samples, or is not there"
+        )
+    dtype = torch.promote_types(activation.dtype, torch.float32)
+    # Into the activation's own type: on a CPU five times as fast as a boolean tensor and its sum.
+    positive = torch.gt(activation, 0, out=torch.empty_like(activation))
+    others = [d for d in range(1, activation.ndim) if d != dim % activation.ndim]
+    if not others:
+        return ChannelResponses(activation.to(dtype), positive.to(dtype), 1)
+    positions = math.prod(activation.shape[d] for d in others)
+    return ChannelResponses(activation.mean(others, dtype=dtype), positive.sum(others, dtype=dtype), positions)
+
+
+def _channels_of(units: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The channels of each unit, int64 [size, most], filled up with -1, and how many each has, [size]."""
+    order = units.argsort(stable=True)
+    order = order[units[order] >= 0]
+    of = units[order]
+    number = torch.bincount(of, minlength=size)
+    slot = torch.arange(len(of)) - (number.cumsum(0) - number)[of]
+    table = torch.full((size, max(int(number.max()) if size else 0, 1)), -1)
+    table[of, slot] = order
+    return table, number
+
+
+# -- accumulators ---------------------------------------------------------------------------------------------------
+
+
+class UnitStatistics:
+    r"""Accumulators of one set of units, observed in one place.
+
+    - ``counts``: a histogram of responses per unit. Its bins are the middle ones of a fixed grid of width :math:`2^e`,
+      e the least exponent with which they hold every response so far (``exponent``). Where e grows, pairs of bins are
+      joined, so that neither the order of the samples nor how they are divided shows in the result.
+    - ``projections``: :math:`\sum_i \sigma_i a(x_i)` for fixed random signs, and ``signs``: :math:`\sum_i \sigma_i`.
+    - ``total``: :math:`\sum_i a(x_i)`, and ``energy``: :math:`\sum_i a(x_i)^2`. Like the projections they are float64,
+      and equal up to its rounding in whichever order.
+    - ``positive`` of ``positions`` activations were above 0.
+    - ``seen`` responses entered; ``nonfinite`` were left out of everything.
+
+    ``samples`` is the index of the next sample in the stream of signs. Set it to give a shard of the data its place.
+    The accumulators follow the activations to their device.
+
+    Args:
+        size: number of units.
+        bins: bins of the histogram, a power of two.
+        projections: vectors of random signs, at most 128; the standard error of a unit's complexity
+            is :math:`0.76 / \sqrt{projections}` of it.
+        classes: number of classes, for a histogram of each; 0 for one histogram and no labels.
+        seed: of the signs.
+        rank: number of the data-parallel process; each has its own signs.
+    """
+
+    counts: Tensor  # int32 [classes or 1, units, bins]
+    exponent: Tensor  # int64 [units]
+    projections: Tensor  # float64 [projections, units]
+    signs: Tensor  # int32 [projections, units]
+    total: Tensor  # float64 [units]
+    energy: Tensor  # float64 [units]
+    seen: Tensor  # int64 [units], and so are those below
+    nonfinite: Tensor
+    positive: Tensor
+    positions: Tensor
+
+    _UNIT_DIM: ClassVar = {
+        "counts": 1,
+        "exponent": 0,
+        "projections": 1,
+        "signs": 1,
+        "total": 0,
+        "energy": 0,
+        "seen": 0,
+        "nonfinite": 0,
+        "positive": 0,
+        "positions": 0,
+    }
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        bins: int = 256,
+        projections: int = 64,
+        classes: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        if bins < 2 or bins & (bins - 1):
+            raise ValueError(f"bins is {bins}; it must be a power of two, at least 2")
+        if not 1 <= projections <= 128:
+            raise ValueError(f"projections is {projections}; it must be between 1 and 128")
+        self.classes, self.seed, self.rank, self.samples = classes, seed, rank, 0
+        self.counts = torch.zeros(max(classes, 1), size, bins, dtype=torch.int32)
+        self.exponent = torch.full((size,), _FINEST)
+        self.projections = torch.zeros(projections, size, dtype=torch.float64)
+        self.signs = torch.zeros(projections, size, dtype=torch.int32)
+        self.total, self.energy = torch.zeros(2, size, dtype=torch.float64)
+        for name in ("seen", "nonfinite", "positive", "positions"):
+            setattr(self, name, torch.zeros(size, dtype=torch.int64))
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return len(self.exponent)
+
+    @torch.no_grad()
+    def update(self, activation: Tensor, dim: int, units: Tensor, labels: Tensor | None = None) -> None:
+        """Takes in the activations of a batch.
+
+        Args:
+            activation: of any floating type; its first dimension is the samples'.
+            dim: the channels' dimension.
+            units: int64 on the CPU, [channels]: the unit that each channel belongs to, -1 for none.
+            labels: int64, [samples]: the class of each sample, where ``classes`` was given; samples of other classes
+                (-100, say) enter everything but the histogram.
+
+        Raises:
+            TypeError, ValueError: an argument is not of that form; nothing has been taken in.
+        """
+        self.add(channel_responses(activation, dim), units, labels)
+
+    @torch.no_grad()
+    def add(self, channels: ChannelResponses, units: Tensor, labels: Tensor | None = None) -> None:
+        """:meth:`update` with responses that several groups share."""
+        if len(units) != channels.mean.shape[1]:
+            raise ValueError(f"units are given for {len(units)} channels, the activation has {channels.mean.shape[1]}")
+        n = len(channels.mean)
+        if bool(self.classes) != (labels is not None):
+            raise ValueError("labels are needed where classes are given, and only there")
+        if labels is not None and labels.shape != (n,):
+            raise ValueError(f"labels have the shape {tuple(labels.shape)}, but the activation has {n} samples")
+        with torch.autocast(channels.mean.device.type, enabled=False):
+            for i in range(0, n, _ROWS):
+                rows = slice(i, i + _ROWS)
+                part = ChannelResponses(channels.mean[rows], channels.positive[rows], channels.positions)
+                self._add(part, units, None if labels is None else labels[rows])
+
+    def _add(self, channels: ChannelResponses, units: Tensor, labels: Tensor | None) -> None:
+        response, positive, positions, valid = self._of_units(channels, units)
+        n = len(response)
+        signs = _signs(self.samples, n, len(self.projections), self.seed, self.rank, response.device)
+        self.samples += n
+        self._count(response, valid, labels)
+        self.projections.addmm_(signs, response)
+        self.signs += (signs @ valid.double()).int()
+        self.total += response.sum(0)
+        self.energy += response.square().sum(0)
+        seen = valid.sum(0)
+        self.seen += seen
+        self.nonfinite += n * (positions > 0) - seen
+        self.positive += positive.sum(0).long()
+        self.positions += seen * positions
+
+    def _of_units(self, channels: ChannelResponses, units: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Responses [samples, units] with zeros for those left out, positive activations, positions of a response, and
+        which enter."""
+        mean, positive = channels.mean, channels.positive
+        if mean.device.type == "mps":  # has no float64
+            mean, positive = mean.cpu(), positive.cpu()
+        device = mean.device
+        self.to(device)
+        if units.equal(torch.arange(self.size)):
+            number: Tensor | int = 1
+        else:
+            table, number = _channels_of(units, self.size)
+            several = table.shape[1] > 1
+            table, number = table.to(device, non_blocking=True), number.to(device, non_blocking=True)
+            # -1 picks the column of zeros at the end.
+            mean, positive = (nn.functional.pad(t, (0, 1))[:, table] for t in (mean, positive))
+            positive = positive.sum(-1)
+            mean = (mean.double().square().sum(-1) / number.clamp_min(1)).sqrt() if several else mean.squeeze(-1)
+        positions = channels.positions * number * torch.ones_like(self.seen)
+        valid = mean.isfinite() & (positions > 0)
+        zero = mean.new_zeros(())
+        return torch.where(valid, mean, zero).double(), torch.where(valid, positive, zero), positions, valid
+
+    def _count(self, response: Tensor, valid: Tensor, labels: Tensor | None) -> None:
+        classes, size, bins = self.counts.shape
+        largest = response.abs().amax(0)
+        # |a| < 2^x is the reach of half of the bins, which are 2^(x - e) in number.
+        e = torch.frexp(largest).exponent.long() - (bins // 2).bit_length() + 1
+        self._coarsen(torch.where(largest > 0, e, _FINEST))
+        place = response.mul(torch.exp2(-self.exponent.double())).floor_().clamp_(-(bins // 2), bins // 2 - 1).long()
+        cell = place + bins // 2 + torch.arange(0, size * bins, bins, device=place.device)
+        if labels is not None:
+            labels = labels.to(place.device).unsqueeze(1)
+            valid = valid & (labels >= 0) & (labels < classes)
+            cell += labels.clamp(0, classes - 1) * size * bins
+        self.counts.view(-1).scatter_add_(0, cell.flatten(), valid.to(torch.int32).flatten())
+
+    def _coarsen(self, exponent: Tensor) -> None:
+        """Widens the bins of the units whose exponent is below the given one."""
+        new = torch.maximum(self.exponent, exponent)
+        # Off a CPU the question would wait for the device, and the answer costs little.
+        if new.device.type != "cpu" or not new.equal(self.exponent):
+            self.counts.copy_(coarsened(self.counts, new - self.exponent))
+            self.exponent.copy_(new)
+
+    # What the accumulators say, float64 [units].
+
+    def entropy(self) -> Tensor:
+        r"""Entropy in bits of the response over inputs, on bins as wide as the unit with the widest range needs.
+
+        One width for all, since entropy counts the bins that a response fills: on bins of its own a unit that hardly
+        moves would fill as many as any other, and one with a rare outlier few.
+
+        Source: Luo & Wu, An entropy-based pruning method for CNN compression, 2017.
+        """
+        return entropy(coarsened(self.counts, self.exponent.amax() - self.exponent).sum(0))
+
+    def class_information(self) -> Tensor:
+        r"""What the response tells of the class in bits: :func:`mutual_information` on 16 bins over the unit's range.
+
+        The conditional entropy H(A|Y) alone would not do: it is low for a unit that knows the class and for a unit that
+        never answers.
+        """
+        if not self.classes:
+            raise ValueError("the statistics have no histogram per class; give the number of classes and the labels")
+        return mutual_information(levels(self.counts, 16))
+
+    def active_share(self) -> Tensor:
+        r"""The share of activations above 0, over inputs and positions: one minus the average percentage of zeros.
+
+        Source: Hu et al., Network trimming, 2016.
+        """
+        return self.positive.double() / self.positions.clamp_min(1)
+
+    def state_entropy(self) -> Tensor:
+        r"""Entropy in bits of the state of a unit, on (above 0) or off, over inputs and positions.
+
+        :math:`H = -p \log_2 p - (1 - p) \log_2 (1 - p)` with p the :meth:`active_share`. Behind a ReLU it is 0 for a
+        unit that never answers, and for one that is always on and thus a linear function, which others can learn.
+
+        Source: Liao et al., Can unstructured pruning reduce the depth in deep neural networks?, ICCV workshops 2023.
+        """
+        return entropy(torch.stack([self.positive, self.positions - self.positive], -1))
+
+    def mean(self) -> Tensor:
+        """Mean response."""
+        return self.total / self.seen.clamp_min(1)
+
+    def std(self) -> Tensor:
+        """Standard deviation of the response, without Bessel's correction."""
+        return (self.energy / self.seen.clamp_min(1) - self.mean().square()).clamp_min(0.0).sqrt()
+
+    def centred_projections(self) -> Tensor:
+        r""":math:`\sum_i \sigma_i (a(x_i) - \bar a)`, [projections, units].
+
+        A constant is not a function of the input; the biases or norms of those that read a unit can take it over.
+        """
+        return self.projections - self.signs * self.mean()
+
+    def rademacher(self) -> Tensor:
+        r"""Rademacher complexity of what a unit does beyond a constant.
+
+        It is :math:`\tfrac{1}{n} E_\sigma |\sum_i \sigma_i (a(x_i) - \bar a)|`; see :func:`rademacher_complexity`. By
+        Khintchine's inequality it is between :math:`1 / \sqrt{2n}` and :math:`1 / \sqrt n` times :meth:`std`, up to the
+        error of finitely many vectors of signs.
+        """
+        return rademacher_complexity(self.centred_projections().t().unsqueeze(-1), self.seen.clamp_min(1))
+
+    # What happens to them.
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._UNIT_DIM}
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, own in self._tensors().items():
+            other = tensors.get(name)
+            if other is None or other.shape != own.shape or other.dtype != own.dtype:
+                found = "missing" if other is None else f"{other.dtype} {tuple(other.shape)}"
+                raise ValueError(
+                    f"{name} of the other statistics is {found}, here {own.dtype} {tuple(own.shape)}; the units and "
+                    "options must be the same"
+                )
+
+    @torch.no_grad()
+    def merge(self, other: UnitStatistics) -> None:
+        """Takes in what other statistics of the same units have gathered, from other samples.
+
+        Raises:
+            ValueError: their units or options are others; nothing has been taken in.
+        """
+        self._check(other._tensors())
+        if other.seed != self.seed:
+            raise ValueError(f"the other statistics have the seed {other.seed}, these {self.seed}")
+        other = copy.deepcopy(other).to(self.counts.device)
+        self._coarsen(other.exponent)
+        other._coarsen(self.exponent)
+        for name, own in self._tensors().items():
+            if name != "exponent":
+                own += getattr(other, name)
+        if other.rank == self.rank:
+            self.samples = max(self.samples, other.samples)
+
+    @torch.no_grad()
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> UnitStatistics:
+        """The statistics of all processes together, the same on each; these go on with those of their own process.
+
+        Every process has to call it. Without ``torch.distributed`` it is a copy.
+        """
+        result = copy.deepcopy(self)
+        if dist.is_available() and dist.is_initialized():
+            largest = self.exponent.clone()
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            result._coarsen(largest)
+            for name, tensor in result._tensors().items():
+                if name != "exponent":
+                    dist.all_reduce(tensor, group=group)
+        return result
+
+    def keep(self, kept: Tensor) -> None:
+        """After a cut: keeps the statistics of these units, int64 positions in their new order."""
+        for name, dim in self._UNIT_DIM.items():
+            own = getattr(self, name)
+            setattr(self, name, own.index_select(dim, kept.to(own.device)))
+
+    def reset(self) -> None:
+        """Forgets everything but the place in the stream of signs."""
+        for name, own in self._tensors().items():
+            own.fill_(_FINEST if name == "exponent" else 0)
+
+    def to(self, device: torch.device | str) -> UnitStatistics:
+        """Moves the accumulators to a device, and returns these statistics."""
+        for name, own in self._tensors().items():
+            setattr(self, name, own.to(device))
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, as references."""
+        return {"samples": self.samples, "seed": self.seed, **self._tensors()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copies what :meth:`state_dict` gave; the rank and the device stay.
+
+        Raises:
+            ValueError: the state is that of other units or options; nothing has been loaded.
+        """
+        self._check({name: t for name, t in state.items() if isinstance(t, Tensor)})
+        for name, own in self._tensors().items():
+            own.copy_(state[name])
+        self.samples, self.seed = int(state["samples"]), int(state["seed"])
+
+
+# -- hooks ----------------------------------------------------------------------------------------------------------
+
+
+def observed(group: UnitGroup) -> list[Observation]:
+    """Where a group is looked at: where its units are read, or else written, in at most four places.
+
+    The channels of a residual stream are read in dozens of places; first, last and two between tell enough of them.
+    """
+    places = [o for o in group.observations if o.where == "input"] or group.observations
+    number = min(len(places), 4)
+    return [places[i * (len(places) - 1) // max(number - 1, 1)] for i in range(number)]
+
+
+class ActivationStatistics:
+    """The statistics of all groups of a model, gathered by forward hooks while it trains.
+
+    They see the forward passes of the model in training mode and with gradients, one in ``every``. A recorded step of a
+    ResNet-18 at batch 64 takes 6% longer on a CPU core, so that the default of 8 costs less than 1% on average. Of
+    60 000 samples it leaves 7500 an epoch, which tell an entropy to about 0.02 bits. Memory is 1.8 KiB per unit and
+    place, with classes 0.8 KiB and 256 bytes per class.
+
+    The hooks read the units' positions from ``graph`` whenever they run, so that after a cut there is only
+    :meth:`keep` to call. Attach them before ``torch.compile``, which does not look for new hooks afterwards; each
+    breaks the compiled graph. A copy of the model has none.
+
+    Args:
+        model: whose modules the graph names; not a wrapper around it.
+        graph: its groups.
+        every: record one training pass in so many.
+        classes: number of classes, where ``labels`` are to be handed in before each training pass.
+        seed: of the random signs.
+        rank: number of the data-parallel process; that of ``torch.distributed`` by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: UnitGraph,
+        *,
+        every: int = 8,
+        classes: int = 0,
+        seed: int = 0,
+        rank: int | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}; it must be at least 1")
+        if rank is None:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self.model, self.graph, self.every, self.classes = model, graph, every, classes
+        self.batches = 0
+        self.labels: Tensor | None = None
+        device = next((p.device for p in model.parameters() if p.device.type != "mps"), torch.device("cpu"))
+        self.groups: dict[str, list[UnitStatistics]] = {
+            name: [
+                # A histogram per class is read on fewer bins.
+                UnitStatistics(group.size, bins=64 if classes else 256, classes=classes, seed=seed, rank=rank).to(
+                    device
+                )
+                for _ in observed(group)
+            ]
+            for name, group in graph.groups.items()
+        }
+        self._handles: list[RemovableHandle] = []
+        self._recording = False
+
+    def attach(self) -> None:
+        """Begins to gather."""
+        if self._handles:
+            return
+        sites: dict[tuple[str, str, int], list[tuple[str, int]]] = {}
+        for name, group in self.graph.groups.items():
+            for i, place in enumerate(observed(group)):
+                sites.setdefault((place.module, place.where, place.dim), []).append((name, i))
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        self._handles.append(self.model.register_forward_pre_hook(_Hook(self, _begin)))
+        self._handles.append(self.model.register_forward_hook(_Hook(self, _end), always_call=True))
+        for (module, where, dim), places in sites.items():
+            hook = _Hook(self, functools.partial(_observe, module, where, dim, places))
+            if where == "input":
+                self._handles.append(modules[module].register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles.append(modules[module].register_forward_hook(hook))
+
+    def detach(self) -> None:
+        """Ends it; what has been gathered stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._recording = False
+
+    def merge(self, other: ActivationStatistics) -> None:
+        """Takes in what other statistics of the same groups have gathered, from other samples."""
+        self._same_groups({name: len(places) for name, places in other.groups.items()})
+        for name, places in self.groups.items():
+            for own, theirs in zip(places, other.groups[name], strict=True):
+                own._check(theirs._tensors())
+        for name, places in self.groups.items():
+            for own, theirs in zip(places, other.groups[name], strict=True):
+                own.merge(theirs)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, list[UnitStatistics]]:
+        """``groups`` with the statistics of all processes together; see :meth:`UnitStatistics.all_reduce`."""
+        return {name: [place.all_reduce(group) for place in places] for name, places in self.groups.items()}
+
+    def keep(self, kept: Mapping[str, Tensor]) -> None:
+        """After a cut: keeps the statistics of these positions of each group that was cut."""
+        for name, positions in kept.items():
+            for place in self.groups[name]:
+                place.keep(positions)
+
+    def reset(self) -> None:
+        """Begins anew; the next training pass is recorded."""
+        self.batches = 0
+        for places in self.groups.values():
+            for place in places:
+                place.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, as references. Each data-parallel process has its own."""
+        groups = {name: [place.state_dict() for place in places] for name, places in self.groups.items()}
+        return {"batches": self.batches, "groups": groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copies what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: the state is that of other groups or options; nothing has been loaded.
+        """
+        self._same_groups({name: len(places) for name, places in state["groups"].items()})
+        for name, places in self.groups.items():
+            for own, theirs in zip(places, state["groups"][name], strict=True):
+                own._check(theirs)
+        for name, places in self.groups.items():
+            for own, theirs in zip(places, state["groups"][name], strict=True):
+                own.load_state_dict(theirs)
+        self.batches = int(state["batches"])
+
+    def _same_groups(self, other: dict[str, int]) -> None:
+        own = {name: len(places) for name, places in self.groups.items()}
+        if other != own:
+            differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+            raise ValueError(f"the statistics are of other groups or places; they differ in {differing[:5]}")
+
+
+class _Hook:
+    """A forward hook that a copy or a pickle of the module leaves behind, and that compiled graphs break at."""
+
+    def __init__(self, statistics: ActivationStatistics, action: Callable[..., None]) -> None:
+        self.statistics = weakref.ref(statistics)
+        self.action = action
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if not torch.compiler.is_exporting():
+            self._run(module, *args)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _run(self, module: nn.Module, *args: Any) -> None:
+        statistics = self.statistics()
+        if statistics is not None:
+            self.action(statistics, module, *args)
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _detached_hook, ()
+
+
+def _detached_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    """What a copied hook does."""
+
+
+def _begin(statistics: ActivationStatistics, model: nn.Module, args: Any) -> None:
+    if not _trains(model):
+        return
+    records = statistics.batches % statistics.every == 0
+    if records and statistics.classes and statistics.labels is None:
+        raise ValueError("statistics per class need the labels of each training batch; set `labels` before the pass")
+    statistics._recording = records
+    statistics.batches += 1
+
+
+# What comes after the pass is none of a batch: a recomputation in the backward pass, a part called by itself.
+def _end(statistics: ActivationStatistics, model: nn.Module, args: Any, output: Any) -> None:
+    if _trains(model):
+        statistics._recording, statistics.labels = False, None
+
+
+# Batch norm is renewed in training mode, but without gradients: those batches have been seen already.
+def _trains(model: nn.Module) -> bool:
+    return model.training and torch.is_grad_enabled()
+
+
+def _observe(
+    name: str,
+    where: str,
+    dim: int,
+    places: list[tuple[str, int]],
+    statistics: ActivationStatistics,
+    module: nn.Module,
+    *args: Any,
+) -> None:
+    if not statistics._recording:
+        return
+    activation = args[-1] if where == "output" else (*args[0], *args[1].values())[0]
+    if isinstance(activation, FakeTensor):
+        return
+    if not isinstance(activation, Tensor):
+        raise TypeError(f"the {where} of {name!r} is a {type(activation).__name__}, not a tensor")
+    try:
+        with torch.no_grad():
+            responses = channel_responses(activation, dim)
+            for group, i in places:
+                units = observed(statistics.graph.groups[group])[i].units
+                statistics.groups[group][i].add(responses, units, statistics.labels)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"no statistics of the {where} of {name!r}: {error}") from error

@@ -1,0 +1,354 @@
+"""What each criterion removes first, and that budgets are met, split and limited as promised."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from impact_optim.pruning.criteria import CRITERIA, SPLITS, Context, mean_over_places, units_per_step, units_to_remove
+from impact_optim.pruning.graph import Axis, UnitGroup
+from impact_optim.pruning.statistics import UnitStatistics, complexity_lost
+
+quick = settings(deadline=None, max_examples=60)
+N = 2000
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gathered(responses: Tensor, labels: Tensor | None = None, **options: Any) -> UnitStatistics:
+    result = UnitStatistics(responses.shape[1], **options)
+    result.update(responses, 1, torch.arange(responses.shape[1]), labels)
+    return result
+
+
+def group_of(size: int) -> UnitGroup:
+    """Units of a convolution that a flattened linear layer of 4 positions reads, behind 3 channels of another group."""
+    units = torch.arange(size)
+    group = UnitGroup("conv", units, size)
+    group.producers = [Axis("conv.weight", 0, units), Axis("conv.bias", 0, units)]
+    behind = torch.cat([torch.full((3,), -1), units]).repeat_interleave(4)
+    group.consumers = [Axis("fc.weight", 1, behind)]
+    return group
+
+
+def parameters_of(size: int) -> dict[str, Tensor]:
+    return {
+        "conv.weight": rand(size, 2, 3, 3, seed=1).float(),
+        "conv.bias": rand(size, seed=2).float(),
+        "fc.weight": rand(5, 4 * (size + 3), seed=3).float(),
+    }
+
+
+# -- criteria -------------------------------------------------------------------------------------------------------
+
+
+def first_removed(name: str, responses: Tensor, **context: Any) -> int:
+    """The unit that a criterion would remove first."""
+    size = responses.shape[1]
+    statistics = {"conv": [gathered(responses, context.pop("labels", None), classes=context.pop("classes", 0))]}
+    scores = CRITERIA[name](group_of(size), Context(parameters_of(size), statistics, **context))
+    assert scores.shape == (size,)
+    assert scores.isfinite().all()
+    return int(scores.argmin())
+
+
+def test_entropy_removes_the_unit_that_answers_alike():
+    a = rand(N, 4).relu() + 1.0
+    a[:, 2] = 100.0
+    assert first_removed("entropy", a) == 2
+
+
+def test_state_entropy_removes_the_unit_that_is_always_on():
+    a = rand(N, 4)
+    a[:, 1] += 100.0
+    assert first_removed("state_entropy", a.relu()) == 1
+
+
+def test_apoz_removes_the_unit_that_is_most_often_zero():
+    a = rand(N, 4)
+    a[:, 1] += 100.0
+    a[:, 3] -= 1.5
+    assert first_removed("apoz", a.relu()) == 3
+
+
+def test_class_information_removes_the_noise():
+    labels = torch.arange(N) % 4
+    a = labels.double().unsqueeze(1) + 0.1 * rand(N, 4)
+    a[:, 2] = 10 * rand(N)
+    assert first_removed("class_information", a, labels=labels, classes=4) == 2
+
+
+def test_rademacher_weighs_the_response_with_what_reads_it():
+    a = rand(N, 4) * torch.tensor([1.0, 1.0, 3.0, 1.0]) + torch.tensor([0.0, 0.0, 9.0, 0.0])
+    group, parameters = group_of(4), parameters_of(4)
+    outgoing = parameters["fc.weight"].view(5, 7, 4)
+    outgoing[:, 3:] = 1.0
+    outgoing[:, 3 + 2] = 0.2  # three times the response, a fifth of the weight
+    statistics = gathered(a)
+    scores = CRITERIA["rademacher"](group, Context(parameters, {"conv": [statistics]}))
+    assert scores.argmin() == 2
+    norms = torch.tensor([1.0, 1.0, 0.2, 1.0]).double() * math.sqrt(20)
+    torch.testing.assert_close(scores, norms * statistics.centred_projections().abs().mean(0) / N)
+
+
+def test_l1_adds_the_filters_and_neither_biases_nor_norms():
+    parameters = parameters_of(4)
+    scores = CRITERIA["l1"](group_of(4), Context(parameters))
+    torch.testing.assert_close(scores, parameters["conv.weight"].abs().sum((1, 2, 3)).double())
+
+
+def test_importance_is_the_mean_over_all_weights_of_a_unit():
+    importances = {name: w.abs() for name, w in parameters_of(4).items() if w.ndim > 1}
+    scores = CRITERIA["importance"](group_of(4), Context({}, importances=importances))
+    outgoing = importances["fc.weight"].view(5, 7, 4)[:, 3:]
+    for unit in range(4):
+        own = torch.cat([importances["conv.weight"][unit].flatten(), outgoing[:, unit].flatten()])
+        assert scores[unit].item() == pytest.approx(own.mean().item(), rel=1e-6)
+
+
+def test_random_depends_on_the_seed_and_stays_with_the_unit():
+    group = group_of(6)
+    scores = CRITERIA["random"](group, Context({}, seed=1))
+    assert torch.equal(scores, CRITERIA["random"](group, Context({}, seed=1)))
+    assert not torch.equal(scores, CRITERIA["random"](group, Context({}, seed=2)))
+    group.original = torch.tensor([0, 3, 4])
+    assert torch.equal(CRITERIA["random"](group, Context({}, seed=1)), scores[[0, 3, 4]])
+
+
+def test_scores_are_the_mean_over_the_places_where_a_unit_was_seen():
+    whole, half = gathered(rand(N, 2)), UnitStatistics(2)
+    half.update(10 * rand(N, 1, seed=1), 1, torch.tensor([1]))
+    values = mean_over_places(group_of(2), Context({}, {"conv": [whole, half]}), UnitStatistics.std)
+    torch.testing.assert_close(values, torch.stack([whole.std()[0], (whole.std()[1] + half.std()[1]) / 2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "error"),
+    [
+        ("entropy", Context({}), "no statistics of 'conv'"),
+        ("entropy", Context({}, {"conv": [UnitStatistics(4)]}), "4 of 4 units of 'conv' have not been seen;"),
+        ("apoz", Context({}, {"conv": [gathered(torch.full((3, 4), math.nan))]}), "12 responses were not finite"),
+        ("class_information", Context({}, {"conv": [gathered(rand(3, 4))]}), "no histogram per class"),
+        ("importance", Context(parameters_of(4)), "no importances of the weights of 'conv'"),
+        ("l1", Context({}), "no weights produce"),
+    ],
+)
+def test_what_a_criterion_cannot_read_is_named(name, context, error):
+    with pytest.raises(ValueError, match=error):
+        CRITERIA[name](group_of(4), context)
+
+
+def test_rademacher_needs_readers():
+    group = group_of(4)
+    group.consumers = []
+    with pytest.raises(ValueError, match="no weights read"):
+        CRITERIA["rademacher"](group, Context({}, {"conv": [gathered(rand(3, 4))]}))
+
+
+# -- budgets --------------------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.integers(1, 70), min_size=1, max_size=5)
+options = st.fixed_dictionaries(
+    {
+        "split": st.sampled_from(SPLITS),
+        "round_to": st.sampled_from([1, 2, 3, 8]),
+        "min_units": st.integers(1, 10),
+        "max_ratio": st.floats(0, 1),
+    }
+)
+
+
+def drawn(sizes: list[int], seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Scores, some of them equal, and what the splits need."""
+    scores, statistics, costs = {}, {}, {}
+    for i, size in enumerate(sizes):
+        name = f"layer{i}"
+        scores[name] = (rand(size, seed=seed + i) * 4 * (i + 1)).round()
+        statistics[name] = [gathered(rand(20, size, seed=seed + i))]
+        costs[name] = rand(size, seed=seed + i + 10).abs() * 10**i
+    return scores, {"statistics": statistics, "costs": costs}
+
+
+def removal(*args: Any, **options: Any) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return units_to_remove(*args, **options)
+
+
+def stops(size: int, round_to: int, min_units: int, max_ratio: float) -> list[int]:
+    """How many units may go, the slow way."""
+    while round_to > 1 and 2 * round_to > size:
+        round_to //= 2
+    least = max(min_units, 1, math.ceil(size * (1 - max_ratio) - 1e-9))
+    return [0, *(gone for gone in range(1, size) if (size - gone) % round_to == 0 and size - gone >= least)]
+
+
+@quick
+@given(sizes=sizes, seed=st.integers(0, 1000), fraction=st.floats(0, 1), options=options, by_unit=st.booleans())
+def test_the_budget_is_met_within_half_a_step_and_all_limits_hold(sizes, seed, fraction, options, by_unit):
+    scores, rest = drawn(sizes, seed)
+    if by_unit:
+        del rest["costs"]
+    costs = rest.get("costs", {name: torch.ones(len(score)) for name, score in scores.items()})
+    removed = removal(scores, fraction, **rest, **options)
+    total = sum(cost.sum().item() for cost in costs.values())
+    reached = sum(costs[name][gone].sum().item() for name, gone in removed.items())
+    steps, exhausted = [0.0], True
+    for name, score in scores.items():
+        gone = removed.get(name, torch.empty(0, dtype=torch.int64))
+        order = sorted(range(len(score)), key=lambda i: (score[i].item(), i))
+        assert gone.tolist() == sorted(order[: len(gone)])  # the lowest, equal ones by position
+        allowed = stops(len(score), options["round_to"], options["min_units"], options["max_ratio"])
+        assert len(gone) in allowed
+        exhausted &= len(gone) == allowed[-1]
+        spent = [costs[name][order[:k]].sum().item() for k in allowed]
+        steps += [b - a for a, b in itertools.pairwise(spent)]
+    slack = 1e-9 * total
+    assert reached <= fraction * total + max(steps) / 2 + slack
+    assert exhausted or reached >= fraction * total - max(steps) / 2 - slack
+    assert removed.keys() <= scores.keys()
+    assert all(len(gone) for gone in removed.values())
+
+
+@quick
+@given(sizes=sizes, seed=st.integers(0, 1000), fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)), options=options)
+def test_a_larger_budget_removes_the_same_units_and_more(sizes, seed, fractions, options):
+    scores, rest = drawn(sizes, seed)
+    less, more = (removal(scores, fraction, **rest, **options) for fraction in sorted(fractions))
+    for name, gone in less.items():
+        assert set(gone.tolist()) <= set(more[name].tolist())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_it_is_deterministic_and_nothing_is_removed_of_nothing(split):
+    scores, rest = drawn([16, 24, 64], 0)
+    first, second = (removal(scores, 0.4, split=split, **rest) for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert removal(scores, 0.0, split=split, **rest) == {}
+
+
+def counts(removed: dict[str, Tensor]) -> dict[str, int]:
+    return {name: len(gone) for name, gone in removed.items()}
+
+
+@quick
+@given(sizes=st.lists(st.integers(20, 200), min_size=1, max_size=4), fraction=st.floats(0, 0.9))
+def test_uniform_takes_the_same_share_of_each_layer(sizes, fraction):
+    scores = {str(i): rand(size, seed=i) for i, size in enumerate(sizes)}
+    removed = removal(scores, fraction, round_to=1)
+    for name, score in scores.items():
+        assert len(removed.get(name, ())) == pytest.approx(fraction * len(score), abs=1.0 + fraction * len(sizes))
+
+
+def test_global_takes_from_the_layer_with_weak_units_and_ignores_the_scale_of_layers():
+    scores = {"even": torch.ones(32), "uneven": torch.cat([torch.full((16,), 0.1), torch.full((16,), 1.0)])}
+    assert counts(units_to_remove(scores, 0.25, split="global")) == {"uneven": 16}
+    for scale in (1e-6, 1e6):
+        scaled = {"even": scores["even"] * scale, "uneven": scores["uneven"]}
+        assert counts(units_to_remove(scaled, 0.25, split="global")) == {"uneven": 16}
+    assert counts(units_to_remove(scores, 0.25)) == {"even": 8, "uneven": 8}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_equal_scores_go_step_by_step(split):
+    """Sums of equal numbers differ in their last bits; the steps of a group must not change places for that."""
+    scores = {"a": torch.tensor([0.1] * 40 + [0.7] * 40, dtype=torch.float64)}
+    statistics = {"a": [gathered(rand(9, 80))]}
+    for steps in range(10):
+        removed = units_to_remove(scores, steps / 10, split=split, statistics=statistics)
+        assert removed.get("a", torch.arange(0)).tolist() == list(range(8 * steps))
+
+
+def test_global_takes_negative_and_zero_scores():
+    scores = {"zero": torch.zeros(16), "mixed": torch.linspace(-1, 1, 16)}
+    assert counts(units_to_remove(scores, 0.25, split="global")) == {"mixed": 8}
+
+
+def test_rademacher_takes_the_same_share_of_complexity_of_each_layer():
+    """A layer that a few units carry gives many, an even one few."""
+    few = rand(500, 64) * torch.logspace(0, -3, 64).flip(0)
+    statistics = {"few": [gathered(few)], "even": [gathered(rand(500, 64, seed=1))]}
+    scores = {name: places[0].std() for name, places in statistics.items()}
+    removed = units_to_remove(scores, 0.4, split="rademacher", statistics=statistics, round_to=1)
+    lost = {}
+    for name, gone in removed.items():
+        order = scores[name].argsort(stable=True)
+        lost[name] = complexity_lost(statistics[name][0].centred_projections(), order)[len(gone)].item()
+    assert len(removed["few"]) > 1.3 * len(removed["even"])
+    assert lost["few"] == pytest.approx(lost["even"], abs=0.02)
+    assert len(removed["few"]) + len(removed["even"]) == 51
+
+
+def test_the_rademacher_split_of_even_layers_is_the_uniform_one():
+    statistics = {str(size): [gathered(rand(4000, size, seed=size), projections=128)] for size in (32, 64)}
+    scores = {name: places[0].std() for name, places in statistics.items()}
+    removed = counts(units_to_remove(scores, 0.5, split="rademacher", statistics=statistics, round_to=1))
+    assert removed["64"] / removed["32"] == pytest.approx(2.0, abs=0.3)
+
+
+def test_costs_make_a_budget_of_them():
+    scores = {"cheap": torch.zeros(32), "dear": torch.ones(32)}
+    removed = units_to_remove(scores, 0.5, split="global", costs={"cheap": 1.0, "dear": torch.full((32,), 9.0)})
+    gone = counts(removed)
+    assert gone["cheap"] + 9 * gone["dear"] == pytest.approx(160, abs=36)
+    assert gone["dear"] > 8
+
+
+def test_limits_may_differ_by_group():
+    scores = {"a": torch.arange(16.0), "b": torch.arange(16.0)}
+    with pytest.warns(UserWarning, match=r"let 0\.500 be removed, not 0\.900"):
+        removed = units_to_remove(scores, 0.9, round_to={"a": 8, "b": 1}, min_units={"a": 8, "b": 8})
+    assert counts(removed) == {"a": 8, "b": 8}
+    assert counts(units_to_remove(scores, 0.1, round_to={"a": 8, "b": 1})) == {"b": 3}
+
+
+@pytest.mark.parametrize(("size", "left"), [(60, 56), (16, 8), (12, 8), (10, 8), (6, 4), (3, 2), (2, 1)])
+def test_small_layers_are_rounded_to_less(size, left):
+    removed = units_to_remove({"a": rand(size)}, (size - left) / size)
+    assert len(removed["a"]) == size - left
+    assert removal({"a": rand(size)}, 0.4 * (size - left) / size) == {}
+
+
+def test_units_per_step_counts_channels():
+    heads = UnitGroup("h", torch.arange(12), 12, producers=[Axis("q", 0, torch.arange(12).repeat_interleave(64))])
+    assert units_per_step(heads) == 1
+    assert units_per_step(group_of(16)) == 8
+    pairs = UnitGroup("p", torch.arange(8), 8, producers=[Axis("w", 0, torch.arange(8).repeat_interleave(2))])
+    assert units_per_step(pairs, 8) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"fraction": 1.1}, "fraction and max_ratio"),
+        ({"fraction": math.nan}, "fraction and max_ratio"),
+        ({"max_ratio": -0.1}, "fraction and max_ratio"),
+        ({"split": "even"}, "split is 'even'"),
+        ({"split": "rademacher"}, "needs statistics of 'a'"),
+        ({"scores": {"a": torch.tensor([1.0, math.nan])}}, "1 scores of 'a' are not finite"),
+        ({"costs": {"a": -1.0}}, "some costs of 'a' are negative"),
+        ({"round_to": 0}, "round_to and min_units"),
+        ({"min_units": 0}, "round_to and min_units"),
+    ],
+)
+def test_bad_options_are_refused(options, error):
+    with pytest.raises(ValueError, match=error):
+        units_to_remove(**{"scores": {"a": torch.arange(8.0)}, "fraction": 0.5, **options})
+
+
+def test_a_criterion_of_ones_own_is_one_line(monkeypatch):
+    own: Callable[[UnitGroup, Context], Tensor] = lambda group, context: mean_over_places(  # noqa: E731
+        group, context, UnitStatistics.std
+    )
+    monkeypatch.setitem(CRITERIA, "std", own)
+    assert first_removed("std", rand(N, 4) * torch.tensor([1.0, 0.1, 1.0, 1.0])) == 1

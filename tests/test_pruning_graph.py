@@ -1,0 +1,678 @@
+"""Groups of small hand-made networks, checked against networks whose units are zeroed where they are read, by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from masked_networks import deafened, difference, draw, randomised, run
+from torch import Tensor, nn
+
+from impact_optim.pruning import cut, trace
+
+Unit = tuple[str, int]
+"""Group, and number in it."""
+
+
+class Case(NamedTuple):
+    model: nn.Module
+    inputs: Any
+    groups: dict[str, int]
+    """Every group that there should be, with its number of units."""
+    reads: dict[str, tuple[int, list[Unit]]]
+    """Module that reads units -> dimension of its input, and the unit that each index there belongs to."""
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(function: Callable[[], Case]) -> Callable[[], Case]:
+    CASES[function.__name__] = function
+    return function
+
+
+class Run(nn.Module):
+    """A network written down as a function of its named parts."""
+
+    def __init__(self, function: Any, **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+def image(channels: int = 3, size: int = 6) -> tuple[Tensor]:
+    return (torch.randn(2, channels, size, size, dtype=torch.float64),)
+
+
+def tokens(width: int = 12, length: int = 5) -> tuple[Tensor]:
+    return (torch.randn(2, length, width, dtype=torch.float64),)
+
+
+def of(group: str, count: int, times: int = 1) -> list[Unit]:
+    """Units 0, 0, 1, 1, 2, 2 ... of a group."""
+    return [(group, unit) for unit in range(count) for _ in range(times)]
+
+
+# -- layers --
+
+
+@case
+def perceptron() -> Case:
+    return Case(
+        nn.Sequential(nn.Linear(12, 6), nn.Sigmoid(), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)),
+        tokens(),
+        {"0": 6, "2": 5},
+        {"2": (-1, of("0", 6)), "4": (-1, of("2", 5))},
+    )
+
+
+@case
+def convolution_to_linear() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(20, 3)
+    )
+    return Case(model, image(), {"0": 5}, {"5": (1, of("0", 5, 4))})
+
+
+@case
+def convolutions_of_one_and_three_dimensions() -> Case:
+    model = Run(
+        lambda m, x, y: (m.b(F.silu(m.a(x))), m.d(F.elu(m.c(y)))),
+        a=nn.Conv1d(2, 4, 3),
+        b=nn.Conv1d(4, 2, 2, bias=False),
+        c=nn.Conv3d(2, 4, 2),
+        d=nn.Conv3d(4, 2, 1),
+    )
+    inputs = (torch.randn(2, 2, 8, dtype=torch.float64), torch.randn(2, 2, 3, 3, 3, dtype=torch.float64))
+    return Case(model, inputs, {"a": 4, "c": 4}, {"b": (1, of("a", 4)), "d": (1, of("c", 4))})
+
+
+@case
+def transposed_convolutions() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, 2), nn.ReLU(), nn.ConvTranspose2d(4, 2, 1)
+    )
+    return Case(model, image(), {"0": 6, "2": 4}, {"2": (1, of("0", 6)), "4": (1, of("2", 4))})
+
+
+@case
+def grouped_convolution() -> Case:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    return Case(model, image(), {"0": 4}, {"2": (1, of("0", 4, 3)), "4": (1, of("0", 4, 2))})
+
+
+@case
+def grouped_transposed_convolution() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.ReLU(), nn.ConvTranspose2d(12, 8, 2, groups=4), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    return Case(model, image(), {"0": 4}, {"2": (1, of("0", 4, 3)), "4": (1, of("0", 4, 2))})
+
+
+@case
+def depthwise_convolution_with_a_multiplier() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1),
+        nn.ReLU6(),
+        nn.Conv2d(6, 12, 3, groups=6),
+        nn.BatchNorm2d(12),
+        nn.ReLU6(),
+        nn.Conv2d(12, 2, 1),
+    )
+    return Case(model, image(), {"0": 6}, {"2": (1, of("0", 6)), "5": (1, of("0", 6, 2))})
+
+
+@case
+def norms_over_channels() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.ReLU(), nn.Conv2d(12, 6, 1), nn.InstanceNorm2d(6, affine=True),
+        nn.PReLU(6), nn.Conv2d(6, 5, 1), nn.InstanceNorm2d(5), nn.GroupNorm(5, 5, affine=False), nn.Conv2d(5, 2, 1),
+    )  # fmt: skip
+    groups = {"0": 4, "3": 6, "6": 5}
+    return Case(model, image(), groups, {"3": (1, of("0", 4, 3)), "6": (1, of("3", 6)), "9": (1, of("6", 5))})
+
+
+@case
+def layer_norm_mixes_what_it_normalises() -> Case:
+    model = nn.Sequential(
+        nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4), nn.RMSNorm(4), nn.Linear(4, 3)
+    )
+    return Case(model, tokens(), {"2": 6}, {"4": (-1, of("2", 6))})
+
+
+@case
+def embeddings_tied_to_the_head() -> Case:
+    model = Run(
+        lambda m, ids: m.head(m.embed(ids) + m.down(F.relu(m.up(m.embed(ids))))),
+        embed=nn.Embedding(11, 6),
+        up=nn.Linear(6, 7),
+        down=nn.Linear(7, 6),
+        head=nn.Linear(6, 11, bias=False),
+    )
+    model.head.weight = model.embed.weight
+    ids = (torch.randint(0, 11, (2, 5)),)
+    return Case(
+        model,
+        ids,
+        {"embed": 6, "up": 7},
+        {"up": (-1, of("embed", 6)), "head": (-1, of("embed", 6)), "down": (-1, of("up", 7))},
+    )
+
+
+@case
+def shared_layer() -> Case:
+    model = Run(
+        lambda m, x: m.out(m.twice(F.relu(m.twice(m.first(x))))),
+        first=nn.Linear(12, 7),
+        twice=nn.Linear(7, 7),
+        out=nn.Linear(7, 3),
+    )
+    return Case(model, tokens(), {"first": 7}, {"twice": (-1, of("first", 7)), "out": (-1, of("first", 7))})
+
+
+@case
+def bare_parameters() -> Case:
+    model = Run(
+        lambda m, x: (torch.relu(x @ m.first * m.scale + m.shift) @ m.second).tanh() @ m.third,
+        first=nn.Parameter(torch.randn(12, 6)),
+        scale=nn.Parameter(torch.randn(6)),
+        shift=nn.Parameter(torch.randn(1, 6)),
+        second=nn.Parameter(torch.randn(6, 4)),
+        third=nn.Parameter(torch.randn(4, 2)),
+    )
+    return Case(model, tokens(), {"first": 6, "second": 4}, {})
+
+
+# -- shapes --
+
+
+@case
+def residual_stream() -> Case:
+    model = Run(
+        lambda m, x: m.out((h := F.relu(m.stem(x))) + m.down(F.relu(m.up(h)))),
+        stem=nn.Conv2d(3, 6, 1),
+        up=nn.Conv2d(6, 8, 1),
+        down=nn.Conv2d(8, 6, 1),
+        out=nn.Conv2d(6, 2, 1),
+    )
+    return Case(
+        model,
+        image(),
+        {"stem": 6, "up": 8},
+        {"up": (1, of("stem", 6)), "out": (1, of("stem", 6)), "down": (1, of("up", 8))},
+    )
+
+
+@case
+def dense_concatenation() -> Case:
+    model = Run(
+        lambda m, x: m.out(torch.cat([a := m.first(x), b := F.relu(m.second(a)), m.third(torch.cat([b, a], 1))], 1)),
+        first=nn.Conv2d(3, 4, 1),
+        second=nn.Conv2d(4, 5, 1),
+        third=nn.Conv2d(9, 6, 1),
+        out=nn.Conv2d(15, 2, 1),
+    )
+    first, second, third = of("first", 4), of("second", 5), of("third", 6)
+    reads = {"second": (1, first), "third": (1, second + first), "out": (1, first + second + third)}
+    return Case(model, image(), {"first": 4, "second": 5, "third": 6}, reads)
+
+
+@case
+def gates() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        left, right = m.first(x).chunk(2, -1)
+        return m.third(F.glu(m.second(left * torch.sigmoid(right)), -1))
+
+    model = Run(forward, first=nn.Linear(12, 10), second=nn.Linear(5, 8), third=nn.Linear(4, 3))
+    return Case(
+        model, tokens(), {"first": 5, "second": 4}, {"second": (-1, of("first", 5)), "third": (-1, of("second", 4))}
+    )
+
+
+@case
+def halves_by_slices() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return m.second(h[..., : h.shape[-1] // 2].sigmoid() * h[..., h.shape[-1] // 2 :])
+
+    model = Run(forward, first=nn.Linear(12, 10), second=nn.Linear(5, 3))
+    return Case(model, tokens(), {"first": 5}, {"second": (-1, of("first", 5))})
+
+
+@case
+def squeeze_and_excitation() -> Case:
+    model = Run(
+        lambda m, x: m.out((h := m.stem(x)) * torch.sigmoid(m.up(F.relu(m.down(F.adaptive_avg_pool2d(h, 1)))))),
+        stem=nn.Conv2d(3, 8, 1),
+        down=nn.Conv2d(8, 4, 1),
+        up=nn.Conv2d(4, 8, 1),
+        out=nn.Conv2d(8, 2, 1),
+    )
+    return Case(
+        model,
+        image(),
+        {"stem": 8, "down": 4},
+        {"down": (1, of("stem", 8)), "out": (1, of("stem", 8)), "up": (1, of("down", 4))},
+    )
+
+
+@case
+def channel_shuffle() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        left, right = m.stem(x).chunk(2, 1)
+        joined = torch.cat([left, m.branch(right)], 1)
+        batch, channels, height, width = joined.shape
+        shuffled = joined.view(batch, 2, channels // 2, height, width).transpose(1, 2).flatten(1, 2)
+        return m.out(torch.cat([p := shuffled.chunk(2, 1)[0], F.relu(m.second(p))], 1))
+
+    model = Run(
+        forward, stem=nn.Conv2d(3, 8, 1), branch=nn.Conv2d(4, 4, 1), second=nn.Conv2d(4, 6, 1), out=nn.Conv2d(10, 2, 1)
+    )
+    # Halves are halved again: position p of 8 and p + 4 go together, and so do, through the shuffle, p and p + 2.
+    reads = {
+        "branch": (1, [("stem", 0), ("stem", 1)] * 2),
+        "second": (1, of("stem", 2, 2)),
+        "out": (1, of("stem", 2, 2) + of("second", 6)),
+    }
+    return Case(model, image(), {"stem": 2, "second": 6}, reads)
+
+
+@case
+def pixel_shuffles() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.PixelShuffle(2), nn.Conv2d(3, 5, 1), nn.PixelUnshuffle(3), nn.Conv2d(45, 2, 1)
+    )
+    return Case(model, image(), {"0": 3, "2": 5}, {"2": (1, of("0", 3)), "4": (1, of("2", 5, 9))})
+
+
+@case
+def spatial_operators() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.pad(F.interpolate(m.first(x), scale_factor=2, mode="bilinear"), (1, 2, 0, 1), mode="replicate").roll(1, 2)
+        h = F.avg_pool2d(F.pad(h, (1, 1)), 2).flip(3)
+        h = torch.cat([h, h[:, :, 1:3]], 2)
+        return m.second(h).mean((2, 3)).softmax(-1)
+
+    model = Run(forward, first=nn.Conv2d(3, 5, 1), second=nn.Conv2d(5, 4, 1))
+    return Case(model, image(), {"first": 5}, {"second": (1, of("first", 5))})
+
+
+@case
+def patches() -> Case:
+    model = Run(
+        lambda m, x: m.mix(F.unfold(m.stem(x), 2).transpose(1, 2)), stem=nn.Conv2d(3, 4, 1), mix=nn.Linear(16, 3)
+    )
+    return Case(model, image(), {"stem": 4}, {"mix": (-1, of("stem", 4, 4))})
+
+
+@case
+def windows() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        h = m.stem(x).permute(0, 2, 3, 1)
+        h = h.view(batch, height // 2, 2, width // 2, 2, h.shape[-1]).permute(0, 1, 3, 2, 4, 5)
+        h = F.relu(m.mix(h.reshape(-1, 4, h.shape[-1])))
+        return m.out(torch.cat([h[:, 0::2], h[:, 1::2]], -1))
+
+    model = Run(forward, stem=nn.Conv2d(3, 5, 1), mix=nn.Linear(5, 4), out=nn.Linear(8, 2))
+    return Case(model, image(), {"stem": 5, "mix": 4}, {"mix": (-1, of("stem", 5)), "out": (-1, of("mix", 4) * 2)})
+
+
+@case
+def stacked_branches() -> Case:
+    model = Run(
+        lambda m, x: m.out(torch.stack([m.one(x), m.two(x)], 1).mean(1).unsqueeze(0).squeeze(0)),
+        one=nn.Linear(12, 6),
+        two=nn.Linear(12, 6),
+        out=nn.Linear(6, 2),
+    )
+    return Case(model, tokens(), {"one": 6}, {"out": (-1, of("one", 6))})
+
+
+@case
+def new_tensors_that_follow() -> Case:
+    model = Run(
+        lambda m, x: m.out(torch.where((h := m.one(x)) > 0, h, torch.zeros_like(h)) + h.new_ones(h.shape[-1]) + m.b),
+        one=nn.Linear(12, 6),
+        out=nn.Linear(6, 2),
+    )
+    model.register_buffer("b", torch.randn(6))
+    return Case(model, tokens(), {"one": 6}, {"out": (-1, of("one", 6))})
+
+
+@case
+def inputs_and_outputs_of_all_kinds() -> Case:
+    model = Run(None, a=nn.Linear(12, 6), b=nn.Linear(4, 6), out=nn.Linear(6, 2))
+    model.function = lambda m, *, x, y: {"sum": m.out(F.relu(m.a(x)) + m.b(y)), "parts": [x, (m.out.bias, None, 3)]}
+    inputs = {"x": tokens()[0], "y": tokens(4)[0]}
+    return Case(model, inputs, {"a": 6}, {"out": (-1, of("a", 6))})
+
+
+# -- attention: a head is a unit --
+
+
+class Attention(nn.Module):
+    def __init__(self, kind: str, heads: int = 3, kv_heads: int = 3, width: int = 4) -> None:
+        super().__init__()
+        self.kind, self.num_heads, self.num_kv_heads, self.head_dim = kind, heads, kv_heads, width
+        self.qkv = nn.Linear(12, (heads + 2 * kv_heads) * width) if kind == "fused" else None
+        self.q, self.k, self.v = (
+            nn.Linear(12, heads * width),
+            nn.Linear(12, kv_heads * width),
+            nn.Linear(12, kv_heads * width),
+        )
+        if kind == "fused":
+            del self.q, self.k, self.v
+        self.proj = nn.Linear(heads * width, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        if self.kind == "fused":
+            q, k, v = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = (
+                part(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v)
+            )
+        if self.kind in ("fused", "gqa"):
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kind == "gqa", is_causal=True)
+        elif self.kind == "repeated":
+            k, v = (p[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for p in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.kind == "matmul":
+            scores = (q @ k.transpose(-2, -1)) / math.sqrt(self.head_dim)
+            y = torch.softmax(scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -1e9), -1) @ v
+        elif self.kind == "bmm":
+            q, k, v = (p.reshape(-1, length, self.head_dim) for p in (q, k, v))
+            y = torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).view(batch, -1, length, self.head_dim)
+        else:
+            y = torch.einsum("bhnm,bhme->bhne", torch.einsum("bhnd,bhmd->bhnm", q, k).softmax(-1), v)
+        return self.proj(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "kv_heads"),
+    [("fused", 4, 4), ("matmul", 3, 3), ("bmm", 3, 3), ("einsum", 3, 3), ("gqa", 6, 3), ("repeated", 6, 3)],
+)
+def test_heads_are_units(kind: str, heads: int, kv_heads: int) -> None:
+    name = "qkv" if kind == "fused" else "q"
+    reads = {"proj": (-1, of(name, kv_heads, heads // kv_heads * 4))}
+    check(Case(Attention(kind, heads, kv_heads), tokens(), {name: kv_heads}, reads))
+
+
+def test_number_of_heads_follows() -> None:
+    model = randomised(Attention("fused", 4, 4))
+    graph = trace(model, tokens())
+    cut(model, graph, {"qkv": [1, 2]})
+    assert (model.num_heads, model.head_dim) == (2, 4)
+
+
+def test_width_of_a_head_is_cut_where_the_scale_does_not_follow_it() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.out(F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x), scale=m.scale))
+
+    parts = {name: nn.Linear(12, 5) for name in "qkv"}
+    model = Run(forward, **parts, out=nn.Linear(5, 2), scale=0.4)
+    assert {name: group.size for name, group in trace(randomised(model), tokens()).groups.items()} == {"q": 5, "v": 5}
+    check(Case(model, tokens(), {"q": 5, "v": 5}, {"out": (-1, of("v", 5))}), only={"v"})
+    model.scale = None
+    graph = trace(model, tokens())
+    assert list(graph.groups) == ["v"]
+    assert "scaled by the width" in graph.frozen["q"]
+
+
+# -- what cannot be cut --
+
+
+class Fixed(nn.Module):
+    """Code that knows the number of units."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Linear(12, 8), nn.Linear(8 if how != "slice" else 4, 4)
+        self.register_buffer("order", torch.randperm(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.how == "view":
+            h = h.view(2, 5, 4, 2).flatten(2)
+        elif self.how == "slice":
+            h = h[..., 2:6]
+        elif self.how == "scale":
+            h = h / h.shape[-1]
+        elif self.how == "softmax":
+            h = h.softmax(-1)
+        elif self.how == "sum":
+            h = h * h.sum(-1, keepdim=True)
+        elif self.how == "permutation":
+            h = h[..., self.order]
+        elif self.how == "select":
+            h = h * h[..., 3:4]
+        elif self.how == "unknown":
+            h = torch.fft.fft(h).real
+        elif self.how == "positions":
+            h = h + torch.arange(h.shape[-1])
+        elif self.how == "input":
+            h = h + torch.cat([x, x], -1)[..., : h.shape[-1]]
+        elif self.how == "written":
+            y = torch.zeros(2, 5, 8, dtype=h.dtype)
+            y[:] = h
+            h = y
+        elif self.how == "branch" and h.shape[-1] != 8:
+            h = h.relu()
+        elif self.how == "roll":
+            h = h.roll(1, -1)
+        elif self.how == "padding":
+            h = h[..., : h.shape[-1]] + F.pad(F.relu(h)[..., 2:], (0, 2))
+        return self.b(h)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("view", "cannot follow"),
+        ("slice", "follow"),
+        ("scale", "constants"),
+        ("softmax", "softmax"),
+        ("sum", "sum"),
+        ("permutation", "index"),
+        ("select", "slice"),
+        ("unknown", "aten::fft_fft"),
+        ("positions", "not cut"),
+        ("input", "not cut"),
+        ("written", "writes"),
+        ("branch", "number of units"),
+        ("padding", "add"),
+        ("roll", "linear"),
+    ],
+)
+def test_what_cannot_be_cut_is_named(how: str, why: str) -> None:
+    graph = trace(Fixed(how).double(), tokens())
+    assert not graph.groups
+    assert why in graph.frozen["a"]
+
+
+def test_units_that_stay_are_not_taken_for_one_another() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.b(h) + h[..., 2:4].softmax(-1).sum()  # two units that stay; after a cut, two others
+
+    graph = trace(randomised(Run(forward, a=nn.Linear(12, 8), b=nn.Linear(8, 2))), tokens())
+    assert not graph.groups
+
+
+def test_multihead_attention_keeps_its_heads_and_the_rest_is_cut() -> None:
+    model = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, norm_first=True)
+    graph = trace(randomised(model), tokens())
+    assert {name: group.size for name, group in graph.groups.items()} == {"linear1": 16}
+    assert "embed_dim" in graph.frozen["self_attn.in_proj_weight"]
+    frozen = copy.deepcopy(model).requires_grad_(False)  # which would take another path through the attention
+    assert trace(frozen, tokens()).groups.keys() == graph.groups.keys()
+
+
+def test_recurrent_layers_are_not_cut() -> None:
+    model = Run(lambda m, x: m.b(m.rnn(m.a(x))[0]), a=nn.Linear(12, 6), rnn=nn.LSTM(6, 5), b=nn.Linear(5, 2))
+    before = run(randomised(model), tokens())
+    graph = trace(model, tokens())
+    assert not graph.groups
+    assert "aten::lstm" in graph.frozen["a"]
+    assert difference(before, run(model, tokens())) >= 0  # its own list of weights is none without data
+
+
+def test_weight_standardisation_keeps_the_inputs_of_a_layer() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        weight = m.b.weight
+        weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
+        return m.c(F.conv2d(m.a(x), weight, m.b.bias))
+
+    model = Run(forward, a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(6, 5, 3), c=nn.Conv2d(5, 2, 1))
+    check(Case(model, image(), {"b": 5}, {"c": (1, of("b", 5))}))
+
+
+def test_parametrised_layers() -> None:
+    model = nn.Sequential(
+        nn.Linear(12, 6), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 2)
+    )
+    graph = trace(randomised(model), tokens())
+    # The norm of a row mixes its columns, so the inputs stay; the rows go, and the originals with them.
+    assert {name: group.size for name, group in graph.groups.items()} == {"2": 5}
+
+
+def test_ignored_modules_are_not_cut() -> None:
+    model = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    graph = trace(model.double(), tokens(), ignore=[model[4]])
+    assert list(graph.groups) == ["0"]
+    assert "ignored" in graph.frozen["2"]
+
+
+def test_a_head_that_only_training_reads_is_cut_as_well() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        h = F.relu(m.a(x))
+        return (m.out(h), m.side(h)) if m.training else m.out(h)
+
+    model = Run(forward, a=nn.Linear(12, 6), out=nn.Linear(6, 3), side=nn.Linear(6, 2))
+    graph = trace(model.double(), tokens())
+    assert [axis.name for axis in graph.groups["a"].consumers] == ["out.weight", "side.weight"]
+    cut(model, graph, {"a": [1, 4]})
+    assert [part.shape for part in model.train()(*tokens())] == [(2, 5, 3), (2, 5, 2)]
+
+
+def test_an_untraceable_model_is_named_with_the_line() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(x) if x.sum() > 0 else x
+
+    model = nn.Sequential(nn.Linear(12, 4), Run(forward, b=nn.Linear(4, 4)))
+    with pytest.raises(RuntimeError, match=r"stopped in 1 \(.*test_pruning_graph.py:\d+\)"):
+        trace(model.double(), tokens())
+
+
+def test_an_untraceable_module_can_be_ignored() -> None:
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.odd = nn.Linear(6, 5), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor, *, scale: float) -> dict[str, Any]:
+            return {"y": scale * (self.even(x) if x.sum() > 0 else self.odd(x)), "n": 3}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = m.b(F.relu(m.choice(F.relu(m.a(x)), scale=0.5)["y"]))
+        return m.d(F.relu(m.c(x)))
+
+    model = randomised(
+        Run(forward, a=nn.Linear(12, 6), choice=Choice(), b=nn.Linear(5, 12), c=nn.Linear(12, 8), d=nn.Linear(8, 2))
+    )
+    graph = trace(model, tokens(), ignore=[model.choice])
+    assert {name: group.size for name, group in graph.groups.items()} == {"c": 8}
+    assert graph.frozen["a"] == "choice is ignored"
+    reference = deafened(model, graph, {"c": [0, 5]})
+    cut(model, graph, {"c": [0, 5]})
+    inputs = tokens()
+    assert difference(run(reference, inputs), run(model, inputs)) < 1e-12
+
+
+def test_tracing_leaves_the_model_as_it_was() -> None:
+    model = randomised(nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.Dropout(0.5), nn.Conv2d(5, 2, 1)))
+    model.train()
+    model[1].eval()
+    before, held = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    trace(model, image())
+    assert [part.training for part in model.modules()] == [True, True, False, True, True]
+    assert all(param is held[name] for name, param in model.named_parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_table_names_groups_and_reasons() -> None:
+    text = str(
+        trace(randomised(nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 2))), tokens())
+    )
+    assert "2      6      6    2.weight[0], 2.bias[0], 3.weight[1]" in text
+    assert "not cut: 0: aten::layer_norm in 1 mixes the units" in text
+
+
+def test_observations_show_the_units_of_a_group() -> None:
+    model = randomised(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)))
+    group = trace(model, image()).groups["0"]
+    seen = {(o.module, o.where): (o.dim, o.units.tolist()) for o in group.observations}
+    assert seen == {
+        ("4", "input"): (1, [unit for unit in range(4) for _ in range(36)]),
+        ("0", "output"): (1, [0, 1, 2, 3]),
+        ("1", "output"): (1, [0, 1, 2, 3]),
+    }
+
+
+# -- the oracle --
+
+
+def masked(model: nn.Module, reads: dict[str, tuple[int, list[Unit]]], removed: set[Unit], gone: set[Unit]) -> None:
+    """Zeroes removed units where modules read them; those that are gone already take no place there."""
+    for name, (dim, units) in reads.items():
+        left = [unit for unit in units if unit not in gone]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], dim: int = dim, left: list[Unit] = left) -> tuple[Any, ...]:
+            assert args[0].size(dim) == len(left)
+            index = torch.tensor([i for i, unit in enumerate(left) if unit in removed], dtype=torch.int64)
+            return (args[0].index_fill(dim, index, 0), *args[1:])
+
+        model.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def check(case: Case, only: set[str] | None = None) -> None:
+    model = randomised(case.model)
+    graph = trace(model, case.inputs)
+    assert {name: group.size for name, group in graph.groups.items()} == case.groups, str(graph)
+    generator = torch.Generator().manual_seed(1)
+    gone: set[Unit] = set()
+    for _ in range(2):
+        units = {name: chosen for name, chosen in draw(graph, generator).items() if only is None or name in only}
+        # Without modules that read the units, it is what the graph says that is zeroed.
+        reference = copy.deepcopy(model) if case.reads else deafened(model, graph, units)
+        numbers = {name: graph.groups[name].original[chosen].tolist() for name, chosen in units.items()}
+        removed = {(name, number) for name, chosen in numbers.items() for number in chosen}
+        masked(reference, case.reads, removed, gone)
+        gone |= removed
+        cut(model, graph, units)
+        assert difference(run(reference, case.inputs), run(model, case.inputs)) < 1e-12
+        sum(leaf.sum() for leaf in outputs(model, case.inputs)).backward()
+        assert all(param.grad is None or param.grad.shape == param.shape for param in model.parameters())
+        model.zero_grad()
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cut_equals_masked(name: str) -> None:
+    check(CASES[name]())
