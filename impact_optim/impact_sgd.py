@@ -366,7 +366,9 @@ class ImpactSGD(Optimizer):
             sum(p.numel() for p in members) >= _PAYS_TO_COMPILE
             and not (group["importance"] == "uniform" and group["drop_rate"] == 0)
             and all(flat_views(p.detach()) is not None for p in members)
-            and all(compiler_works(device_type) for device_type in {p.device.type for p in members})
+            # On a GPU the pass is there to be asked for, until it has been measured there.
+            and all(p.device.type == "cpu" for p in members)
+            and compiler_works("cpu")
         )
 
     def _rows_of(self, param: Tensor) -> Rows:
@@ -845,7 +847,7 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         differentiable (bool, optional): whether autograd occurs through the step in training (default: False)
         fused (bool, optional): whether the step is one compiled pass over memory. It needs :func:`torch.compile` and
             some seconds at the first step. By default it is where that pays and can be had: a group of a million
-            weights and more, with options that it supports, neither ``foreach`` nor ``fused`` given (default: None)
+            weights and more on a CPU, with options that it supports and without ``foreach`` (default: None)
 
     State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, float32, 4 bytes a weight, and
     scalars of its simplex (``"hypergradient"`` and ``"lookahead"`` keep the last direction where momentum is 0). While

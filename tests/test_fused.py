@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from impact_optim import SIGNALS, ImpactSGD, fused
+from impact_optim import SIGNALS, ActivationPruner, ImpactSGD, fused
 from impact_optim.sampling import ROW
 
 # Sizes: full rows with a rest, full rows only, a single row, less than a row, one element; and what has no mask.
@@ -416,6 +416,28 @@ def test_groups_and_added_groups():
             break
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=2e-5, atol=2e-6)
+
+
+def test_goes_on_after_a_cut():
+    """The pruner gives parameters and state other memory; rows and masked weights of before must not be used."""
+    results = []
+    for implementation in ({"foreach": False}, {"fused": True}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 8))
+        optimizer = ImpactSGD(model, lr=0.01, momentum=0.9, weight_decay=1e-3, drop_rate=0.3, **implementation)
+        inputs = torch.randn(32, 40)
+        pruner = ActivationPruner(model, inputs, {1: 0.5}, criterion="l1", optimizer=optimizer)
+        for step in range(6):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+            if step == 2:
+                assert pruner.step().records
+        assert model[0].weight.shape[0] < 256
+        results.append((model, optimizer))
+    for p, q in zip(results[0][0].parameters(), results[1][0].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(results[1][1].importance(q), results[0][1].importance(p), rtol=2e-5, atol=0)
 
 
 @pytest.mark.cuda
