@@ -342,7 +342,7 @@ def test_goes_in_the_right_direction_with_schedulers(kwargs, schedulers, tensor_
     optimizer = make(params, kwargs, lr=torch.tensor(0.001) if tensor_lr else 0.001)
     start = loss_of(params)
     created = [constructor(optimizer) for constructor in schedulers]
-    for _ in range(60):  # masks and warm-ups make the first steps a lottery
+    for _ in range(30):  # masks and warm-ups make the first steps a lottery
         loss = optimizer.step(closure_for(optimizer, params))
         for scheduler in created:
             scheduler.step(*([loss.item()] if isinstance(scheduler, ReduceLROnPlateau) else []))
