@@ -10,6 +10,8 @@ stands Torch-Pruning's group norm, ranked by that package, and cut and repaired 
 ``latency``: the cut network against the uncut one, at full width; it needs no training.
 ``cost``: building graphs, a cut with repair, and the statistics' share of a training step.
 
+Times are processor times of a single thread, which the rest of the machine disturbs little.
+
 Every run and measurement is a line of ``--out``; the tables are made of these lines alone.
 """
 
@@ -279,7 +281,7 @@ def measure_latency(args: argparse.Namespace, lines: Lines) -> None:
     for batch, repeats in ((1, 40), (64, 9)):
         x = torch.randn(batch, 1, 28, 28)
         ms = in_turns(*(lambda m=m, x=x: forward(m, x) for m in (uncut, model)), repeats=repeats)
-        lines.add({"part": "latency", "threads": args.threads, "batch": batch, "ms": ms, "macs": report.macs})
+        lines.add({"part": "latency", "batch": batch, "ms": ms, "macs": report.macs})
 
 
 def measure_cost(args: argparse.Namespace, lines: Lines) -> None:
@@ -287,21 +289,21 @@ def measure_cost(args: argparse.Namespace, lines: Lines) -> None:
     example = torch.randn(1, 3, 224, 224)
 
     def add(what: str, value: float) -> None:
-        lines.add({"part": "cost", "threads": args.threads, "what": what, "value": value})
+        lines.add({"part": "cost", "what": what, "value": value})
 
     for name in ("resnet50", "vit_b_16"):
         model = torchvision.models.get_model(name)
-        started = time.perf_counter()
+        started = time.process_time()
         graph = trace(model, example)
-        add(f"graph of {name}, s", time.perf_counter() - started)
+        add(f"graph of {name}, s", time.process_time() - started)
         if name == "resnet50":
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             model(torch.randn(2, 3, 64, 64)).sum().backward()
             optimizer.step()
             halves = {group.name: range(group.size // 2) for group in graph.groups.values()}
-            started = time.perf_counter()
+            started = time.process_time()
             repair(cut(model, graph, halves), model, optimizers=[optimizer])
-            add(f"cut of half the channels of {name}, with repair, s", time.perf_counter() - started)
+            add(f"cut of half the channels of {name}, with repair, s", time.process_time() - started)
 
     data = Data(torch.randn(64, 1, 28, 28), torch.arange(64) % 10, torch.empty(0), torch.empty(0), 10)
     wide = argparse.Namespace(width=64, epochs=1, cut_epoch=1, removed=args.removed)
@@ -324,22 +326,22 @@ def in_turns(first: Callable[[], None], second: Callable[[], None], repeats: int
     for _ in range(repeats + 2):
         pair = []
         for work in (first, second):
-            started = time.perf_counter()
+            started = time.process_time()
             work()
-            pair.append(1000 * (time.perf_counter() - started))
+            pair.append(1000 * (time.process_time() - started))
         times.append((pair[0], pair[1]))
     warm = times[2:]
     return median(a for a, _ in warm), median(b for _, b in warm)
 
 
 def print_times(lines: Lines) -> None:
-    latest = {(line["threads"], line["batch"]): line for line in lines.matching(part="latency")}
+    latest = {line["batch"]: line for line in lines.matching(part="latency")}
     if latest:
-        print("\n| threads | batch | uncut, ms | cut, ms | faster | MACs left |\n|---|---|---|---|---|---|")
-    for (threads, batch), line in sorted(latest.items()):
+        print("\n| batch | uncut, ms | cut, ms | faster | MACs left |\n|---|---|---|---|---|")
+    for batch, line in sorted(latest.items()):
         (before, after), macs = line["ms"], line["macs"]
         ratio = before / after
-        print(f"| {threads} | {batch} | {before:.1f} | {after:.1f} | {ratio:.2f}× | {macs[1] / macs[0]:.1%} |")
+        print(f"| {batch} | {before:.1f} | {after:.1f} | {ratio:.2f}× | {macs[1] / macs[0]:.1%} |")
     costs = {line["what"]: line["value"] for line in lines.matching(part="cost")}
     if costs:
         print("\n| cost | |\n|---|---|")
@@ -356,17 +358,18 @@ def main() -> None:
     parser.add_argument("--cut-epoch", type=int, default=3, help="after which is cut (%(default)s)")
     parser.add_argument("--removed", type=float, default=0.5, help="share of the MACs (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of the accuracy runs (%(default)s)")
     parser.add_argument("--data-folder", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pruning.jsonl")
     args = parser.parse_args()
     lines, parts = Lines(args.out), args.parts or ["accuracy", "latency", "cost"]
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if "latency" in parts:
         measure_latency(args, lines)
     if "cost" in parts:
         measure_cost(args, lines)
     if "accuracy" in parts:
+        torch.set_num_threads(args.threads)
         measure_accuracy(args, lines)
     print_accuracy(args, lines)
     print_times(lines)
