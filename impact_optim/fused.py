@@ -179,14 +179,15 @@ def step_pass(
             if plan.guarded:
                 new_log_w = torch.where(skipped, old_log_w, new_log_w)
             new_log_w = _computed_once(new_log_w)
-            w = _exp2((new_log_w + c.next_level.float()) * _LOG2_E)
+            w = _exp2((new_log_w + c.next_level.float()) * _LOG2_E)  # the bounds of the two add up to 85
             filled = 1.0 - torch.relu(1.0 - w)  # min(1, w)
 
     inverse = keep = None
     if plan.is_masked:
         keep = c.keep_offset
         if old_log_w is not None:
-            shortage = torch.relu(c.minus_level.float() - old_log_w)
+            # Without KL the importances may be as far apart as their bounds: kept inside the range of _exp2.
+            shortage = torch.clamp(torch.relu(c.minus_level.float() - old_log_w), max=85.0)
             keep = c.keep_offset + c.keep_slope * _exp2(shortage * -_LOG2_E).to(exact)
         inverse = 1.0 / (torch.relu(keep - c.smallest_divisor) + c.smallest_divisor)
 
@@ -241,7 +242,8 @@ def mask_pass(
         assert x.shape[1] == ROW
     filled = None
     if log_w is not None:
-        filled = 1.0 - torch.relu(1.0 - _exp2((log_w + c.next_level.float()) * _LOG2_E))
+        height = torch.clamp(log_w + c.next_level.float(), -85.0, 85.0)  # as step_pass has it by its bounds
+        filled = 1.0 - torch.relu(1.0 - _exp2(height * _LOG2_E))
     exact = torch.promote_types(x.dtype, torch.float32)
     masked.copy_(_masked_weights(x.to(exact), filled, keys, position, c))
 

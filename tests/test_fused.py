@@ -398,6 +398,22 @@ def test_a_signal_of_the_users_own():
         del SIGNALS["cube"]
 
 
+def test_importances_as_far_apart_as_their_bounds():
+    """Without KL: exponentials beyond the range of the compiled one must not wrap around."""
+    models, optimizers = pair(importance="saliency", kl_weight=0.0, importance_lr=5.0, lr=0.001)
+    for step in range(12):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, 1, step)
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5)
+    first = next(models[1].parameters())
+    spread = optimizers[1].state[first]["log_importance"]
+    assert spread.max() - spread.min() > 100
+    weights = masked_weights(optimizers[1], models[1])[0]
+    assert (weights == 0).float().mean() < 0.9
+    assert weights.isfinite().all()
+
+
 def test_groups_and_added_groups():
     models = [Stack(), Stack()]
     optimizers = []
