@@ -257,8 +257,7 @@ class ImpactSGD(Optimizer):
                     "per_rank_masks needs attach(): in a masked() scope the ranks would average the gradient of "
                     f"{self._name(param)} before it is masked"
                 )
-        changes = {param: partial(_show_masked, factor=factor) for param, factor in factors.items()}
-        with self._masking.substitute(changes):
+        with self._masking.substitute(factors):
             self._masking.seen.update(factors)
             yield
 
@@ -272,7 +271,7 @@ class ImpactSGD(Optimizer):
         Raises:
             RuntimeError: nested.
         """
-        changes: dict[Tensor, Callable[[Tensor], Tensor]] = {}
+        factors: dict[Tensor, Factor] = {}
         index = self._index()
         with torch.no_grad():
             for group in self.param_groups:
@@ -282,8 +281,8 @@ class ImpactSGD(Optimizer):
                         keep = budget.keep_probability(k)
                         if group["rescale"] == "inverse":  # 1, but where the enlargement is capped
                             keep = (keep / _smallest_divisor(group)).clamp_(max=1.0)
-                        changes[p] = partial(_scale, factor=keep.to(p.dtype))
-        with self._masking.substitute(changes):
+                        factors[p] = Factor(keep.to(p.dtype), dense_grad=True)
+        with self._masking.substitute(factors):
             yield
 
     @torch.no_grad()
@@ -294,18 +293,20 @@ class ImpactSGD(Optimizer):
             _check_options(group)
             if group["drop_rate"] == 0:
                 continue
+            drawn = [factors[p] for p in group["params"] if p in factors]  # one implementation until the step
+            is_fused = drawn[0].weights is not None if drawn else self._is_fused(group)
             place = {"seed": group["seed"], "step": group["step"], "rank": _rank() if group["per_rank_masks"] else 0}
             for members in self._simplexes(group):
-                if all(p in factors for p in members):
+                if all(p in factors and self._is_current(p, factors[p]) for p in members):
                     continue
                 budget = self._budget(members, group, index)
                 if budget.is_new:
                     # Only the step itself changes the state: a save in between resumes with the same masks.
                     level = cast(Tensor, budget.log_level) + budget.normalizer
                     self._new_levels.append((_simplex_id(members, index), level, budget.target))
-                if self._is_fused(group):
+                if is_fused:
                     for k, p in enumerate(members):
-                        if p not in factors:
+                        if p not in factors or not self._is_current(p, factors[p]):
                             factors[p] = Factor(None, True, self._masked_weights(k, budget, group, index))
                     continue
                 exact = []
@@ -353,6 +354,10 @@ class ImpactSGD(Optimizer):
             increment_version(weights)
         self._prepared[p] = Prepared(weights, budget, divisor, stamp)
         return weights
+
+    def _is_current(self, param: Tensor, factor: Factor) -> bool:
+        """Whether masked weights are still those of the weights, which may have been loaded or changed since."""
+        return factor.weights is None or self._prepared[param].stamp[0] == (param.data_ptr(), param._version)
 
     @staticmethod
     def _is_fused(group: dict[str, Any]) -> bool:
@@ -469,7 +474,9 @@ class ImpactSGD(Optimizer):
             direction = "momentum_buffer" if group["momentum"] != 0 else "direction"
             directions = [self.state.get(p, {}).get(direction) for p in params]
             seen = [self._masking.seen.get(p) for p in params]
-            is_fused = self._is_fused(group)
+            # What the forward pass has shown decides: options and what is frozen may have changed since.
+            shown = [factor for factor in seen if factor is not None]
+            is_fused = shown[0].weights is not None if shown else self._is_fused(group)
             if is_fused:
                 self._lay_out(params)
                 directions = [self.state.get(p, {}).get(direction) for p in params]
@@ -1481,14 +1488,6 @@ def _buffer(directions: list[Tensor | None], i: int, grad: Tensor) -> Tensor:
     if buf is None:
         buf = directions[i] = grad.detach().clone()
     return buf
-
-
-def _show_masked(param: Tensor, factor: Factor) -> Tensor:
-    return param.mul_(factor.value) if factor.value is not None else param.copy_(cast(Tensor, factor.weights))
-
-
-def _scale(param: Tensor, factor: Tensor) -> Tensor:
-    return param.mul_(factor)
 
 
 def _stamp(param: Tensor, log_w: Tensor | None, budget: Budget, group: dict[str, Any], step: int) -> tuple[Any, ...]:

@@ -63,13 +63,18 @@ def _mask(weight: Tensor, factor: Factor) -> Tensor:
     # The gradient of a clone is the identity, also for torch.func.
     masked = weight.clone()
     with torch.no_grad():
-        if factor.weights is not None:
-            masked.copy_(factor.weights)
-        if factor.value is not None:
-            masked.mul_(factor.value)
+        _apply(masked, factor)
     if factor.value is not None and not factor.dense_grad:
         masked.register_hook(factor.value.mul)
     return masked
+
+
+def _apply(weight: Tensor, factor: Factor) -> None:
+    """Masks weights in place."""
+    if factor.weights is not None:
+        weight.copy_(factor.weights)
+    if factor.value is not None:
+        weight.mul_(factor.value)
 
 
 class _InPlaceOf(torch.autograd.Function):
@@ -248,16 +253,16 @@ class Masking:
     # -- scopes --
 
     @contextmanager
-    def substitute(self, weights: Mapping[Tensor, Callable[[Tensor], Tensor]]) -> Generator[None, None, None]:
-        """Changes the parameters in place for the time of the scope, each by a function of its own."""
+    def substitute(self, factors: Mapping[Tensor, Factor]) -> Generator[None, None, None]:
+        """Masks the parameters in place for the time of the scope."""
         if self._dense is not None:
             raise RuntimeError("masked() and expected() cannot be nested: leave the outer scope first")
         torch.clear_autocast_cache()  # it holds casts of the weights that are about to change
         try:
             with torch.no_grad():
-                self._dense = [(param, param.detach().clone()) for param in weights]
-                for param, change in weights.items():
-                    change(param)
+                self._dense = [(param, param.detach().clone()) for param in factors]
+                for param, factor in factors.items():
+                    _apply(param, factor)
             yield
         finally:
             self.restore()

@@ -253,6 +253,49 @@ def test_masked_weights_follow_a_change_of_the_weights():
         torch.testing.assert_close(a, b, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("change", ["load_state_dict", "in place"])
+def test_weights_that_change_between_two_forward_passes_are_seen(change):
+    """A pass before a checkpoint is loaded, and no step in between: the masked weights are not those of before."""
+    models, optimizers = pair()
+    other = Stack()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(3.0)
+    losses = []
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 2)
+        model(targets(2))
+        if change == "in place":
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(2.0)
+        else:
+            model.load_state_dict(other.state_dict())
+        losses.append(model(targets(2)))
+        losses[-1].backward()
+        optimizer.step()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_an_option_that_changes_between_the_passes_of_a_step_does_not_lose_the_masks(fused_first):
+    results = []
+    for changes in (False, True):
+        model = Stack()
+        optimizer = ImpactSGD(model, lr=0.01, momentum=0.9, weight_decay=1e-3, drop_rate=0.3, fused=fused_first)
+        train(model, optimizer, 2)
+        model(targets(2)).backward()
+        if changes:
+            optimizer.param_groups[0]["fused"] = not fused_first
+        model(targets(3)).backward()
+        optimizer.step()
+        results.append(list(model.parameters()))
+    for p, q in zip(*results, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_dense_at_rest():
     model = Stack()
     optimizer = ImpactSGD(model, lr=0.01, momentum=0.9, weight_decay=1e-3, drop_rate=0.5, fused=True)
