@@ -338,7 +338,7 @@ def test_a_failure_at_any_stage_changes_nothing(stage: str, at: int, monkeypatch
     targets: dict[str, tuple[Any, str]] = {
         "plan": (UnitGraph, "plan"),
         "forward": (F, "conv2d"),
-        "select": (surgery, "_selected"),
+        "select": (surgery, "select"),
         "give": (surgery, "_give"),
         "graph": (UnitGraph, "forget"),
         "relist": (UnitGraph, "_relist"),

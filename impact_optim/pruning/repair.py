@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .architecture import integer_attributes, set_integer_attributes
 from .rehearsal import named_tensors
-
-if TYPE_CHECKING:
-    from .surgery import PruneRecord
+from .surgery import PruneRecord, select
 
 __all__ = ["repair", "replace_state"]
 
@@ -225,17 +223,3 @@ def _cut_copy(copy: nn.Module, cuts: dict[Tensor, _Cut]) -> list[tuple[Tensor, T
         grad = None if tensor.grad is None else select(tensor.grad, cut.kept)
         new.append((tensor, select(tensor, cut.kept), grad))
     return new
-
-
-def select(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
-    """The kept indices of some dimensions, in memory in the order that the tensor has; itself if all are kept."""
-    selected = tensor.detach()
-    for dim, indices in kept.items():
-        selected = selected.index_select(dim, indices.to(tensor.device))
-    if not kept or tensor.layout is not torch.strided:
-        return selected
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    if order == sorted(order):
-        return selected
-    # index_select forgets channels last.
-    return torch.empty_permuted(selected.shape, order, dtype=tensor.dtype, device=tensor.device).copy_(selected)

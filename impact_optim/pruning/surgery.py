@@ -69,7 +69,10 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
             "by their position; remove others."
         )
     modules = dict(model.named_modules())
-    changes = [(tensors[name], *_selected(tensors[name], kept)) for name, kept in plan.kept.items()]
+    changes = [
+        (tensor, select(tensor, kept), None if tensor.grad is None else select(tensor.grad, kept))
+        for tensor, kept in ((tensors[name], kept) for name, kept in plan.kept.items())
+    ]
     before = [(tensor, tensor.data, tensor.grad) for tensor, *_ in changes]
     sizes = {key: getattr(modules[key[0]], key[1]) for key in plan.sizes}
     try:
@@ -100,17 +103,15 @@ def _give(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     tensor.grad = grad
 
 
-@torch.no_grad()
-def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The kept part of a tensor and of its gradient, in the memory format that they had."""
-
-    def select(whole: Tensor) -> Tensor:
-        part = whole
-        for dim, indices in kept.items():
-            part = part.index_select(dim, indices.to(part.device))
-        for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if whole.dim() == rank and whole.is_contiguous(memory_format=layout) and not whole.is_contiguous():
-                return part.contiguous(memory_format=layout)
-        return part
-
-    return select(tensor.detach()), None if tensor.grad is None else select(tensor.grad)
+def select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The kept indices of some dimensions, in memory in the order that the tensor has; itself if all are kept."""
+    selected = tensor.detach()
+    for dim, indices in kept.items():
+        selected = selected.index_select(dim, indices.to(tensor.device))
+    if not kept or tensor.layout is not torch.strided:
+        return selected
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if order == sorted(order):
+        return selected
+    # index_select forgets channels last.
+    return torch.empty_permuted(selected.shape, order, dtype=tensor.dtype, device=tensor.device).copy_(selected)
