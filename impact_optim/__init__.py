@@ -1,8 +1,19 @@
 """Makes neural networks sparse while they train."""
 
+from .drop_rate import DropRateScheduler
 from .impact_sgd import ImpactSGD, TensorSummary
 from .pruning import ActivationPruner, load_pruned, save_pruned
 from .signals import SIGNALS
+from .sparsity import SparsityReport
 
-__all__ = ["SIGNALS", "ActivationPruner", "ImpactSGD", "TensorSummary", "load_pruned", "save_pruned"]
+__all__ = [
+    "SIGNALS",
+    "ActivationPruner",
+    "DropRateScheduler",
+    "ImpactSGD",
+    "SparsityReport",
+    "TensorSummary",
+    "load_pruned",
+    "save_pruned",
+]
 __version__ = "0.1.0"

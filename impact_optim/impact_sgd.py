@@ -37,6 +37,7 @@ from .simplex import (
     total,
     water_level,
 )
+from .sparsity import SparseTensor, SparsityReport, keep_largest, keep_pattern, parse_pattern
 
 __all__ = ["ImpactSGD", "TensorSummary", "impact_sgd"]
 
@@ -45,10 +46,13 @@ _RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten time
 _PAYS_TO_COMPILE = 1_000_000  # weights on simplexes: a step saves 10 ms then, and compiling takes seconds
 _FOLLOW = (0.01, 0.3)  # the largest η and the smallest λ with which the water level can follow from step to step
 
-# Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it.
+# Kept in float32 whatever the dtype of the parameter; torch's load_state_dict would cast it, and "pruned" too.
 _FLOAT32_STATE = ("log_importance", "log_normalizer", "signal_scale", "water_level", "water_error")
 _IMPORTANCE_STATE = (*_FLOAT32_STATE, "water_target", "simplex_id")
+_KEPT_AS_SAVED = {**dict.fromkeys(_FLOAT32_STATE, torch.float32), "pruned": torch.bool}
 _NEEDS_DIRECTION = ("hypergradient", "lookahead")
+_SPARSIFY_BY = ("importance", "expected", "magnitude")
+_SPARSIFY_SCOPES = ("global", "tensor")
 
 
 class TensorSummary(NamedTuple):
@@ -538,6 +542,7 @@ class ImpactSGD(Optimizer):
                     simplex.finish()
                 self._store_simplexes(simplexes)
 
+        self._hold_pruned()
         self._new_levels = []
         for group in self.param_groups:
             group["step"] += 1
@@ -632,6 +637,153 @@ class ImpactSGD(Optimizer):
             for p in simplex.members:
                 self.state[p].update(values)
 
+    # ---------------------------------------------------------------- sparse for good
+
+    @torch.no_grad()
+    def sparsify(
+        self,
+        sparsity: float | str,
+        *,
+        by: str = "importance",
+        scope: str = "global",
+        params: Iterable[Tensor] | None = None,
+    ) -> SparsityReport:
+        r"""Keeps the weights that matter most and makes the others zero for good.
+
+        They stay zero under momentum, weight decay, :meth:`load_state_dict` and cuts of an ``ActivationPruner``; every
+        step sees to it. Nothing is dropped any more: the ``drop_rate`` of the groups is set to 0, so that training can
+        go on with what is left, and dense is what one evaluates. (With a drop rate set anew, what is pruned counts as
+        dropped and goes first.) With ``rescale="none"`` the weights that are kept become x ⊙ π, the ones of
+        :meth:`expected`. Call it between two steps; masks that a forward pass has seen are forgotten. A second call
+        keeps what is pruned.
+
+        Args:
+            sparsity: the share of weights that are zero afterwards, in [0, 1); or a pattern such as ``"2:4"``, which
+                keeps 2 of every 4 neighbours along dimension 1 and leaves tensors dense that it does not divide.
+            by: what decides: ``"importance"`` w, ``"expected"`` \|x\|·π, or ``"magnitude"`` \|x\|.
+            scope: ``"global"``, the share is of all tensors together, or ``"tensor"``, of each.
+            params: the tensors to make sparse; by default all that masks touch.
+
+        Returns:
+            What is left of each tensor, with its mask; prints as a table.
+
+        Raises:
+            ValueError: an argument is out of range, a tensor has no importances, or nothing would be left of one.
+                Nothing has changed then.
+            RuntimeError: inside a scope of :meth:`masked` or :meth:`expected`.
+        """
+        if self._masking.in_scope:
+            raise RuntimeError("sparsify() changes the dense weights: leave the scope of masked() or expected() first")
+        for name, value, choices in (("by", by, _SPARSIFY_BY), ("scope", scope, _SPARSIFY_SCOPES)):
+            if value not in choices:
+                raise ValueError(f"Invalid {name}: {value!r}; choose from {list(choices)}")
+        if not isinstance(sparsity, str) and not (_is_number(sparsity) and 0.0 <= sparsity < 1.0):
+            raise ValueError(f"Invalid sparsity: {sparsity}; it must lie in [0, 1), or be a pattern such as '2:4'")
+        pattern = parse_pattern(sparsity) if isinstance(sparsity, str) else None
+        chosen = None if params is None else list(params)
+        for p in chosen or ():
+            if not self._find(p)[1]:
+                raise ValueError(f"{self._name(p)} is never masked, and cannot be made sparse: leave it out of params")
+
+        index = self._index()
+        scores: dict[Tensor, Tensor] = {}
+        expected: dict[Tensor, Tensor] = {}
+        groups: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            for members in self._simplexes(group):
+                at = [k for k, p in enumerate(members) if chosen is None or any(p is other for other in chosen)]
+                if not at:
+                    continue
+                if by == "importance" and not self._is_joined(members, index):
+                    raise ValueError(
+                        f"{self._name(members[at[0]])} has no importances"
+                        + (
+                            ' with importance="uniform"'
+                            if group["importance"] == "uniform"
+                            else " before the first step"
+                        )
+                        + "; choose by='magnitude'"
+                    )
+                groups.append(group)
+                w = self._importances(members, index) if by == "importance" else []
+                budget = self._budget(members, group, index) if group["drop_rate"] > 0 else None
+                for k in at:
+                    p = members[k]
+                    keep = None if budget is None else budget.keep_probability(k)
+                    if by == "importance":
+                        score = w[k]
+                    else:
+                        score = p.detach().float().abs()
+                        if by == "expected" and keep is not None:
+                            score = score * keep
+                    if "pruned" in self.state.get(p, {}):
+                        score = score.masked_fill(self.state[p]["pruned"], -math.inf)
+                    scores[p] = score
+                    if keep is not None and group["rescale"] == "none":
+                        expected[p] = keep
+        masks = self._kept(scores, sparsity if pattern is None else pattern, scope)
+
+        for p, mask in masks.items():
+            if p in expected:
+                p.mul_(expected[p].to(p.dtype))
+            self.state[p]["pruned"] = ~mask
+        self._hold_pruned()
+        for group in self.param_groups:
+            for members in self._simplexes(group):
+                if not masks.keys().isdisjoint(members) and self._is_joined(members, index):
+                    normalizer = log_mean_exp([self.state[p]["log_importance"] for p in members])
+                    for p in members:
+                        self.state[p].update(log_normalizer=normalizer, water_target=0.0)
+        for group in groups:
+            group["drop_rate"] = 0.0
+        self._new_levels = []
+        self._masking.end_step()
+        return SparsityReport([SparseTensor(self._name(p), mask, int(mask.sum())) for p, mask in masks.items()])
+
+    def _kept(
+        self, scores: dict[Tensor, Tensor], sparsity: float | str | tuple[int, int], scope: str
+    ) -> dict[Tensor, Tensor]:
+        """The masks of the weights to be kept; checks that they fit what is pruned already."""
+        if not scores:
+            raise ValueError("there is nothing to make sparse: masks touch trained tensors of two or more dimensions")
+        if isinstance(sparsity, tuple):
+            found = {p: keep_pattern(score, *sparsity) for p, score in scores.items()}
+            masks = {p: mask for p, mask in found.items() if mask is not None}
+            if not masks:
+                raise ValueError(
+                    f"dimension 1 of none of the tensors can be divided by {sparsity[1]}: sparsify by a share instead"
+                )
+        else:
+            share = 1.0 - float(sparsity)
+            if scope == "tensor":
+                masks = {p: keep_largest([score], round(share * score.numel()))[0] for p, score in scores.items()}
+            else:
+                count = round(share * sum(score.numel() for score in scores.values()))
+                masks = dict(zip(scores, keep_largest(list(scores.values()), count), strict=True))
+        for p, mask in masks.items():
+            revived = mask & scores[p].isneginf()
+            if not isinstance(sparsity, tuple) and revived.any():
+                raise ValueError(
+                    f"{self._name(p)} has more weights that are pruned already than sparsity={sparsity} leaves out; "
+                    "pruned weights do not come back"
+                )
+            mask &= ~revived
+            if not mask.any():
+                raise ValueError(
+                    f"sparsity={sparsity} would leave nothing of {self._name(p)}, and the network dead: lower it, "
+                    "choose scope='tensor', or leave the tensor out of params"
+                )
+        return masks
+
+    def _hold_pruned(self) -> None:
+        """Pruned weights and their momentum are zero, and their importances next to nothing."""
+        for p, state in self.state.items():
+            if "pruned" in state:
+                p.masked_fill_(state["pruned"], 0.0)
+                for name, value in (("momentum_buffer", 0.0), ("direction", 0.0), ("log_importance", -LOG_BOUND)):
+                    if name in state:
+                        state[name].masked_fill_(state["pruned"], value)
+
     # ---------------------------------------------------------------- read-outs
 
     @torch.no_grad()
@@ -724,7 +876,7 @@ class ImpactSGD(Optimizer):
 
         handle = self.register_load_state_dict_pre_hook(check)  # the last one: it sees what the user's hooks made of it
         restore = self.register_load_state_dict_post_hook(
-            lambda optimizer: self._restore_float32(loaded),
+            lambda optimizer: self._restore_dtypes(loaded),
             prepend=True,  # before the user's hooks look
         )
         try:
@@ -733,14 +885,14 @@ class ImpactSGD(Optimizer):
             handle.remove()
             restore.remove()
 
-    def _restore_float32(self, loaded: dict[str, Any]) -> None:
+    def _restore_dtypes(self, loaded: dict[str, Any]) -> None:
         ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(ids, params, strict=True):
-            for name in _FLOAT32_STATE:
+            for name, dtype in _KEPT_AS_SAVED.items():
                 if name in loaded["state"].get(key, {}):
                     value = loaded["state"][key][name]
-                    self.state[param][name] = value.to(param.device, torch.float32, copy=True)
+                    self.state[param][name] = value.to(param.device, dtype, copy=True)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key, kind in (("state", dict), ("param_groups", list)):
@@ -788,6 +940,14 @@ class ImpactSGD(Optimizer):
                 )
             if key in _FLOAT32_STATE and not torch.isfinite(value).all():
                 raise ValueError(f"{key} of {name} is not finite; the state dict is damaged")
+        if (pruned := state.get("pruned")) is not None:
+            if not isinstance(pruned, Tensor) or pruned.dtype != torch.bool:
+                raise TypeError(f"pruned of {name} must be a bool tensor, but is {_describe(pruned)}")
+            if pruned.shape != param.shape:
+                raise ValueError(
+                    f"pruned of {name} has shape {tuple(pruned.shape)}, but the optimizer needs {tuple(param.shape)}; "
+                    "load the state of the same model"
+                )
         for key, kind in (("water_target", float), ("simplex_id", int)):
             if key in state and not isinstance(state[key], kind):
                 raise TypeError(f"{key} of {name} must be of type {kind.__name__}, but is {_describe(state[key])}")

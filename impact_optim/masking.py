@@ -267,6 +267,11 @@ class Masking:
         finally:
             self.restore()
 
+    @property
+    def in_scope(self) -> bool:
+        """Whether the parameters hold masked weights now."""
+        return self._dense is not None
+
     def restore(self) -> None:
         """Ends the scope, if one is open: the parameters hold their dense weights again."""
         if self._dense is None:

@@ -33,6 +33,7 @@ __all__ = [
     "plot_keep_probabilities",
     "plot_keep_probabilities_of",
     "plot_pruning",
+    "plot_sparsity",
 ]
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart, in an order that also works in print.
@@ -311,6 +312,43 @@ def plot_pruning(report: PruneReport) -> Figure:
         axes[0][1].set_xlabel(f"MACs (model: {report.macs[1] / max(report.macs[0], 1):.0%} of those before)")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3)
+    return figure
+
+
+def plot_sparsity(arms: Mapping[str, Mapping[str, float]], colors: Mapping[str, str] | None = None) -> Figure:
+    """The share of weights that every layer has kept, a row per layer and a point per arm, on a log scale.
+
+    Args:
+        arms: arm -> layer -> share kept, in (0, 1]; the same layers for all arms.
+        colors: of the arms, as from :func:`arm_colors`.
+
+    Raises:
+        ValueError: no arm, or arms of different layers.
+
+    Example:
+        >>> report = optimizer.sparsify(0.9)
+        >>> plot_sparsity({"saliency": {t.name: 1 - t.sparsity for t in report.tensors}})
+    """
+    from matplotlib import rc_context
+    from matplotlib.ticker import FuncFormatter
+
+    names = [list(layers) for layers in arms.values()]
+    if not names or any(layers != names[0] for layers in names):
+        raise ValueError("plot_sparsity() wants {arm: {layer: share kept}}, with the same layers for all arms")
+    colors = colors or arm_colors(arms)
+    rows = range(len(names[0]))
+    with rc_context(_STYLE):
+        figure, axes = _grid(1, 1, width=4.5, height=0.6 + 0.22 * len(rows))
+        ax = axes[0][0]
+        for arm, layers in arms.items():
+            ax.plot(list(layers.values()), rows, "o-", label=arm, color=colors[arm], markersize=4, linewidth=0.8)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+        ax.set_yticks(rows, names[0])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_xlabel("weights kept")
+        ax.grid(axis="both")
+        figure.legend(loc="outside upper center", ncols=min(3, len(arms)))
     return figure
 
 

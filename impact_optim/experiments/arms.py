@@ -12,8 +12,11 @@ from torch import nn
 
 from ..impact_sgd import ImpactSGD
 
+BASELINE, ADAMW, GRADUAL = "baseline", "adamw", "gradual-magnitude"
+
 ARMS: dict[str, dict[str, Any]] = {
-    "baseline": {},
+    BASELINE: {},
+    ADAMW: {},
     "dropconnect": {"importance": "uniform"},
     "impacts": {"importance": "hypergradient", "kl_weight": 0.0},
     "impacts+regularization": {"importance": "hypergradient"},
@@ -24,14 +27,21 @@ ARMS: dict[str, dict[str, Any]] = {
     "magnitude": {"importance": "magnitude"},
     "drop-important": {"importance": "saliency", "drop": "important"},
     "scaled-steps": {"importance": "hypergradient", "drop_rate": 0.0, "scale_steps": True},
+    GRADUAL: {"importance": "uniform", "drop_rate": 0.0},
 }
-"""Arms by name: the options of :class:`ImpactSGD` that make the arm what it is. ``baseline`` is ``torch.optim.SGD``."""
+"""Arms by name: the options of :class:`ImpactSGD` that make the arm what it is.
+
+``baseline`` and ``adamw`` are ``torch.optim.SGD`` and ``torch.optim.AdamW``; ``gradual-magnitude`` is SGD that loses
+its smallest weights on the way to a final sparsity, and the same as ``baseline`` without one.
+"""
 
 DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
 """The four that the study compares."""
 
-BASELINE = "baseline"
-_SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+_TORCH_OPTIONS = {
+    BASELINE: ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+    ADAMW: ("lr", "weight_decay"),
+}
 # What a command may set; the rest of ImpactSGD's options belong to the program or change nothing that it reports.
 _NOT_SETTABLE = ("self", "params", "seed", "per_rank_masks", "maximize", "differentiable", "fused")
 SETTABLE = tuple(name for name in inspect.signature(ImpactSGD.__init__).parameters if name not in _NOT_SETTABLE)
@@ -39,7 +49,7 @@ SETTABLE = tuple(name for name in inspect.signature(ImpactSGD.__init__).paramete
 
 
 def arm_options(
-    arms: Sequence[str], common: Mapping[str, Any], overrides: Sequence[str] = ()
+    arms: Sequence[str], common: Mapping[str, Any], overrides: Sequence[str] = (), *, to_be_sparse: bool = False
 ) -> dict[str, dict[str, Any]]:
     """The optimizer's keyword arguments for each arm.
 
@@ -49,6 +59,7 @@ def arm_options(
         arms: names out of :data:`ARMS`.
         common: options for all arms, such as ``{"lr": 0.1}``.
         overrides: ``"OPTION=VALUE"`` for all arms, ``"ARM.OPTION=VALUE"`` for one.
+        to_be_sparse: whether the arms are given a final sparsity.
 
     Raises:
         ValueError: an unknown arm or option, or a value that the optimizer does not take.
@@ -73,8 +84,13 @@ def arm_options(
             raise ValueError(f"{override!r} sets {name!r}, which is no option; choose from {', '.join(SETTABLE)}")
         (for_one[arm] if dot else for_all)[name] = _value(text)
     options = {arm: {**common, **for_all, **ARMS[arm], **for_one[arm]} for arm in arms}
-    if BASELINE in options:
-        options[BASELINE] = {name: value for name, value in options[BASELINE].items() if name in _SGD_OPTIONS}
+    for arm in options.keys() & _TORCH_OPTIONS.keys():
+        options[arm] = {name: value for name, value in options[arm].items() if name in _TORCH_OPTIONS[arm]}
+    if to_be_sparse:
+        if ADAMW in options:
+            raise ValueError(f"arm {ADAMW} cannot be made sparse: leave it or the final sparsity out")
+        if BASELINE in options:  # the same trajectory, of an optimizer that can
+            options[BASELINE].update(ARMS[GRADUAL])
     for arm in arms:  # a wrong value shows now, not after the arms before it have trained
         try:
             build_optimizer(arm, nn.Linear(2, 2), options[arm], seed=0)
@@ -89,8 +105,10 @@ def build_optimizer(arm: str, model: nn.Module, options: Mapping[str, Any], seed
     Raises:
         ValueError: an option is out of range.
     """
-    if arm == BASELINE:
+    if arm == BASELINE and "importance" not in options:
         return torch.optim.SGD(model.parameters(), **options)
+    if arm == ADAMW:
+        return torch.optim.AdamW(model.parameters(), **options)
     return ImpactSGD(model, **options, seed=seed)
 
 

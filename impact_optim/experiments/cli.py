@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..pruning.criteria import CRITERIA, SPLITS
-from .arms import ARMS, BASELINE, DEFAULT_ARMS, SETTABLE, arm_options
+from .arms import ADAMW, ARMS, BASELINE, DEFAULT_ARMS, GRADUAL, SETTABLE, arm_options
 from .data import DATA, Data, batch_count, load_data
 from .models import MODELS, build_model
 from .pruning import PrunedNetwork, Pruning, build_pruner, format_pruned_table, parse_schedule
 from .results import Line, ResultsFolder, format_table, runs_of, summarise
+from .sparse import RAMP, mean_densities
 from .training import DROP_SCHEDULES, PRECISIONS, SCHEDULES, Recipe, train
 
 PROGRAM = "impact-optim"
@@ -110,7 +111,18 @@ def _parser() -> argparse.ArgumentParser:
         "--drop-rate", type=float, default=0.1, metavar="SHARE", help="share of weights dropped per step (%(default)s)"
     )
     how.add_argument(
-        "--drop-schedule", choices=DROP_SCHEDULES, default=Recipe.drop_schedule, help="linear decays to 0 (%(default)s)"
+        "--drop-schedule",
+        choices=DROP_SCHEDULES,
+        default=Recipe.drop_schedule,
+        help="linear decays to 0, warmup rises from 0 in a quarter of the epochs (%(default)s)",
+    )
+    how.add_argument(
+        "--final-sparsity",
+        type=float,
+        metavar="SHARE",
+        help="share of weights that are zero in the end: arms that drop by importance ramp their drop rate up to it in "
+        f"{100 * RAMP:.0f}%% of the epochs and train on with what is left, {GRADUAL} removes the smallest on the same "
+        "ramp, the others keep their largest weights after the last epoch",
     )
     how.add_argument(
         "--set",
@@ -168,7 +180,8 @@ def _describe_arms() -> str:
     lines = []
     for arm, options in ARMS.items():
         what = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        lines.append(f"  {arm:24}{'torch.optim.SGD' if arm == BASELINE else what}")
+        what = {BASELINE: "torch.optim.SGD", ADAMW: "torch.optim.AdamW"}.get(arm, what)
+        lines.append(f"  {arm:24}{what}")
     return "\n".join(lines)
 
 
@@ -185,10 +198,24 @@ def _prepare(args: argparse.Namespace) -> Study:
     if args.prune is not None:
         prune = Pruning(parse_schedule(args.prune), args.criterion, args.prune_target, args.prune_split)
     recipe = Recipe(
-        args.model, args.width, args.epochs, args.batch, args.schedule, args.drop_schedule, args.precision, prune
+        args.model,
+        args.width,
+        args.epochs,
+        args.batch,
+        args.schedule,
+        args.drop_schedule,
+        args.precision,
+        prune,
+        args.final_sparsity,
     )
+    if recipe.final_sparsity is not None:
+        if not 0.0 < recipe.final_sparsity < 1.0:
+            raise ValueError(f"--final-sparsity must lie in (0, 1), but is {recipe.final_sparsity}")
+        if recipe.epochs < 2:
+            raise ValueError("--final-sparsity needs two epochs or more: to become sparse, and to train on")
     common = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "drop_rate")}
-    arms = arm_options(list(dict.fromkeys(args.arms)), common, args.set)
+    to_be_sparse = recipe.final_sparsity is not None
+    arms = arm_options(list(dict.fromkeys(args.arms)), common, args.set, to_be_sparse=to_be_sparse)
     progress = sys.stderr.isatty() if args.progress is None else args.progress
     if args.progress and not _has_tqdm():
         raise ImportError("--progress needs tqdm, which is not installed: pip install tqdm")
@@ -220,10 +247,11 @@ def _check_pruning(
 ) -> None:
     if max(prune.schedule) > recipe.epochs:
         raise ValueError(f"--prune cuts after epoch {max(prune.schedule)}, but there are {recipe.epochs} epochs")
-    if prune.criterion == "importance" and BASELINE in arms:
+    without = [arm for arm, options in arms.items() if options.get("importance", "uniform") == "uniform"]
+    if prune.criterion == "importance" and without:
         raise ValueError(
-            f"--criterion importance reads the importances of ImpactSGD, and the arm {BASELINE} has none: choose other "
-            "--arms or another --criterion"
+            f"--criterion importance reads the importances of ImpactSGD, and the arm {without[0]} has none: choose "
+            "other --arms or another --criterion"
         )
     build_pruner(prune, model, data.to("meta"), batch_count(data, recipe.batch), [], seed=0)
 
@@ -361,6 +389,7 @@ def _draw(study: Study, lines: Sequence[Line]) -> list[Path]:
         plot_importances_of,
         plot_keep_probabilities_of,
         plot_pruning,
+        plot_sparsity,
     )
 
     results, heldout = study.results, study.data.heldout
@@ -381,6 +410,11 @@ def _draw(study: Study, lines: Sequence[Line]) -> list[Path]:
     if layers:
         figures["importances"] = plot_importances_of(layers, colors)
         figures["keep_probability"] = plot_keep_probabilities_of(layers, colors)
+    if study.recipe.final_sparsity is not None:
+        figures["sparsity"] = plot_sparsity(
+            {arm: mean_densities(results.densities(arm, seed) for seed in by_seed) for arm, by_seed in runs.items()},
+            colors,
+        )
     if study.recipe.prune is not None:
         for arm, by_seed in runs.items():  # seeds differ little in their widths
             figures[f"pruned-{arm}"] = plot_pruning(_pruned(results, arm, min(by_seed)).report)

@@ -7,6 +7,7 @@
     checkpoints/<arm>-<seed>.pt  of runs under way
     layers/<arm>-<seed>.json     importances and keep probabilities of finished runs, by layer
     pruned/<arm>-<seed>/         networks of finished runs that were cut, as save_pruned() keeps them, and what was cut
+    sparse/<arm>-<seed>.json     how many weights each layer of finished runs has kept, where a sparsity was asked for
     table.md, *.png              the report
 """
 
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from ..plots import LayerStatistics
+from .sparse import LayerDensity
 
 Line = dict[str, Any]
 
@@ -142,6 +144,20 @@ class ResultsFolder:
         """The folder of the network that a run with cuts has left."""
         return self.path / "pruned" / f"{arm}-{seed}"
 
+    def save_densities(self, arm: str, seed: int, layers: Sequence[LayerDensity]) -> None:
+        """Keeps how many weights each layer of a run has kept."""
+        path = self._densities_path(arm, seed)
+        path.parent.mkdir(exist_ok=True)
+        text = json.dumps([layer._asdict() for layer in layers])
+        _write(path, lambda file: file.write(text.encode() + b"\n"))
+
+    def densities(self, arm: str, seed: int) -> list[LayerDensity]:
+        """What :meth:`save_densities` kept."""
+        return [LayerDensity(**layer) for layer in json.loads(self._densities_path(arm, seed).read_text())]
+
+    def _densities_path(self, arm: str, seed: int) -> Path:
+        return self.path / "sparse" / f"{arm}-{seed}.json"
+
     def _checkpoint_path(self, arm: str, seed: int) -> Path:
         return self.path / "checkpoints" / f"{arm}-{seed}.pt"
 
@@ -203,6 +219,10 @@ class ArmSummary(NamedTuple):
     """Expected share of dropped weights, mean over the epochs."""
     seconds: Spread
     """Spent training, without evaluation."""
+    sparsity: Spread | None = None
+    """Share of weights that are zero in the end, where that was asked for."""
+    before_cut: Spread | None = None
+    """Accuracy before a cut after the last epoch, where there was one."""
 
 
 def early_epoch(epochs: int) -> int:
@@ -238,6 +258,10 @@ def summarise(lines: Iterable[Line], arms: Iterable[str], epochs: int) -> list[A
                     loss_gap=spread(end["loss"] - end["train_loss"] for end in last),
                     dropped=spread(100 * fmean(line["dropped"] for line in run) for run in runs),
                     seconds=spread(sum(line["seconds"] for line in run) for run in runs),
+                    sparsity=spread(100 * end["sparsity"] for end in last) if "sparsity" in last[0] else None,
+                    before_cut=spread(100 * end["accuracy_before_cut"] for end in last)
+                    if "accuracy_before_cut" in last[0]
+                    else None,
                 )
             )
     return summaries
@@ -255,10 +279,15 @@ def format_table(summaries: Sequence[ArmSummary], epochs: int, heldout: str = "t
         "dropped %",
         "seconds",
     ]
-    rows = [header]
+    is_sparse = any(s.sparsity is not None for s in summaries)
+    rows = [[*header, "zero %", "before the cut %"] if is_sparse else header]
     for s in summaries:
         percent = [f"{value:.2f}" for value in (s.accuracy, s.early_accuracy, s.accuracy_gap)]
-        rows.append([s.arm, str(s.seeds), *percent, f"{s.loss_gap:.3f}", f"{s.dropped.mean:.1f}", f"{s.seconds:.1f}"])
+        row = [s.arm, str(s.seeds), *percent, f"{s.loss_gap:.3f}", f"{s.dropped.mean:.1f}", f"{s.seconds:.1f}"]
+        if is_sparse:
+            row.append("" if s.sparsity is None else f"{s.sparsity.mean:.1f}")
+            row.append("" if s.before_cut is None else f"{s.before_cut:.2f}")
+        rows.append(row)
     return aligned_table(rows)
 
 

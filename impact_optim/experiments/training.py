@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import update_bn
 
+from ..drop_rate import DropRateScheduler
 from ..impact_sgd import ImpactSGD
 from ..plots import layer_statistics
 from ..pruning.architecture import load_pruned, save_pruned
@@ -25,14 +27,16 @@ from .data import Data, batch_count, batches
 from .models import build_model
 from .pruning import Pruning, build_pruner, pruned_network
 from .results import Line, ResultsFolder
+from .sparse import SparseFinish, density, layer_densities
 
 SCHEDULES = ("constant", "cosine", "onecycle")
-DROP_SCHEDULES = ("constant", "linear")
+DROP_SCHEDULES = ("constant", "linear", "warmup")
 PRECISIONS = ("float32", "bfloat16")
 
 _EVALUATION_BATCH = 1000
 _TRAIN_EVALUATED = 10_000  # training examples that the training accuracy is measured on
 _BATCH_NORM_BATCHES = 20
+_WARMUP = 0.25  # of the epochs
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,13 @@ class Recipe:
         width: of the model; its own default if ``None``.
         epochs, batch: at least 1.
         schedule: of the learning rate over all steps, one of :data:`SCHEDULES`.
-        drop_schedule: of the drop rate over the epochs; ``"linear"`` decays to 0.
+        drop_schedule: of the drop rate over the epochs; ``"linear"`` decays to 0, ``"warmup"`` rises from 0 in the
+            first quarter.
         precision: ``"bfloat16"`` computes in it under autocast; the weights stay float32.
         prune: what is cut out of the network while it trains.
+        final_sparsity: the share of weights that are zero in the end; see
+            :class:`~impact_optim.experiments.sparse.SparseFinish`. It takes the place of the drop rate and its schedule
+            where an arm ramps up to it.
     """
 
     model: str = "mlp"
@@ -57,6 +65,7 @@ class Recipe:
     drop_schedule: str = "constant"
     precision: str = "float32"
     prune: Pruning | None = None
+    final_sparsity: float | None = None
 
 
 def train(
@@ -68,6 +77,7 @@ def train(
     results: ResultsFolder,
     on_batch: Callable[[Tensor], None] = lambda loss: None,
     on_epoch: Callable[[Line], None] = lambda line: None,
+    build: Callable[[str, nn.Module, Mapping[str, Any], int], Optimizer] = build_optimizer,
 ) -> None:
     """Trains one arm with one seed to the end, from its checkpoint if it has one.
 
@@ -85,15 +95,21 @@ def train(
         results: gets a line and a checkpoint per epoch.
         on_batch: called with the loss of every step.
         on_epoch: called with the line of every epoch, after the checkpoint.
+        build: makes the optimizer out of the arm, its model, its options and the seed.
     """
     device = data.x.device
     model = _initial_model(recipe, data, seed)
     channels_last = recipe.precision == "bfloat16" and any(isinstance(m, nn.Conv2d) for m in model.modules())
     memory_format = torch.channels_last if channels_last else torch.preserve_format
     model.to(memory_format=memory_format)
-    optimizer = build_optimizer(arm, model, options, seed)
+    optimizer = build(arm, model, options, seed)
     steps = batch_count(data, recipe.batch)
     scheduler = _lr_scheduler(recipe.schedule, optimizer, recipe.epochs * steps)
+    drop_scheduler = sparse = None
+    if recipe.final_sparsity is not None and isinstance(optimizer, ImpactSGD):
+        sparse = SparseFinish(optimizer, arm, recipe.final_sparsity, recipe.epochs)
+    elif isinstance(optimizer, ImpactSGD):
+        drop_scheduler = _drop_scheduler(recipe, optimizer)
     pruner = None if recipe.prune is None else build_pruner(recipe.prune, model, data, steps, optimizer, seed)
     compute = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
@@ -104,13 +120,15 @@ def train(
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
+        if drop_scheduler is not None:
+            drop_scheduler.load_state_dict(checkpoint["drop_scheduler"])
+        if sparse is not None:
+            sparse.load_state_dict(checkpoint["sparse"])
         done = checkpoint["epoch"]
 
     for epoch in range(done, recipe.epochs):
-        if recipe.drop_schedule == "linear":
-            for group in optimizer.param_groups:
-                if "drop_rate" in group:
-                    group["drop_rate"] = optimizer.defaults["drop_rate"] * (1 - epoch / recipe.epochs)
+        if sparse is not None:
+            sparse.before(epoch)
         lr = optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
         total = torch.zeros((), device=device)
@@ -145,9 +163,14 @@ def train(
                 return training, evaluate(model, data.heldout_x, data.heldout_y)
 
         (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
+        dropped = expected_drop(optimizer)
         around_cut = {}
         if pruner is not None and pruner.step().records:
             around_cut = {"accuracy_before_cut": accuracy}
+            (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
+        if sparse is not None and sparse.is_due(epoch):
+            around_cut.setdefault("accuracy_before_cut", accuracy)
+            sparse.cut()
             (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
         line = {
             "arm": arm,
@@ -160,10 +183,15 @@ def train(
             "train_loss": train_loss,
             "batch_loss": batch_loss,
             "lr": lr,
-            "dropped": expected_drop(optimizer),
+            "dropped": dropped,
             "seconds": round(seconds, 4),
             **around_cut,
         }
+        if sparse is not None:
+            line["sparsity"] = 1 - density(model)
+            sparse.after(epoch)
+        if drop_scheduler is not None:
+            drop_scheduler.step()
         # The line first: an epoch that has no checkpoint is repeated, and its second line replaces the first.
         results.append(line)
         checkpoint = {
@@ -174,6 +202,10 @@ def train(
         }
         if pruner is not None:
             checkpoint["pruner"] = pruner.state_dict()
+        if drop_scheduler is not None:
+            checkpoint["drop_scheduler"] = drop_scheduler.state_dict()
+        if sparse is not None:
+            checkpoint["sparse"] = sparse.state_dict()
         results.save_checkpoint(arm, seed, checkpoint)
         on_epoch(line)
     if pruner is not None:
@@ -183,6 +215,8 @@ def train(
         original, left = (_initial_model(recipe, data, seed) for _ in range(2))
         cut = pruned_network(pruner, original, load_pruned(left, folder), data.x[:1])
         (folder / "cut.json").write_text(json.dumps(cut.to_json()) + "\n")
+    if sparse is not None:
+        results.save_densities(arm, seed, layer_densities(model))
     results.finish(arm, seed, layer_statistics(optimizer, model) if isinstance(optimizer, ImpactSGD) else [])
 
 
@@ -207,7 +241,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return loss.item() / len(y), correct.item() / len(y)
 
 
-def expected_drop(optimizer: torch.optim.Optimizer) -> float:
+def expected_drop(optimizer: Optimizer) -> float:
     """Expected share of dropped weights among those that can be dropped, measured from the keep probabilities."""
     if not isinstance(optimizer, ImpactSGD):
         return 0.0
@@ -216,12 +250,22 @@ def expected_drop(optimizer: torch.optim.Optimizer) -> float:
     return 1 - kept / sum(p.numel() for p in weights)
 
 
-def _expected(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+def _expected(optimizer: Optimizer) -> AbstractContextManager[None]:
     # With rescale="none" the dense weights are larger than any network that was trained: x ⊙ π is what to evaluate.
     return optimizer.expected() if isinstance(optimizer, ImpactSGD) else nullcontext()
 
 
-def _lr_scheduler(name: str, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+def _drop_scheduler(recipe: Recipe, optimizer: ImpactSGD) -> DropRateScheduler | None:
+    """Of the drop rate, to be stepped after every epoch."""
+    if recipe.drop_schedule == "linear":
+        return DropRateScheduler(optimizer, 0.0, recipe.epochs)
+    if recipe.drop_schedule == "warmup":
+        rates = [group["drop_rate"] for group in optimizer.param_groups]
+        return DropRateScheduler(optimizer, rates, max(1, round(_WARMUP * recipe.epochs)), start=0.0)
+    return None
+
+
+def _lr_scheduler(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
     if name == "cosine":
         return CosineAnnealingLR(optimizer, steps)
     if name == "onecycle":

@@ -1,0 +1,96 @@
+"""How the arms of a study become sparse for good, when the main job asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..drop_rate import DropRateScheduler
+from ..impact_sgd import ImpactSGD
+from .arms import GRADUAL
+
+RAMP = 0.75  # of the epochs, as in Zhu & Gupta: then the network is sparse, and what is left trains on
+
+
+class SparseFinish:
+    """Makes a network sparse in one training run, the way of its arm.
+
+    - Arms that drop by importance ramp their drop rate up to the sparsity, and keep the most important weights then.
+    - ``gradual-magnitude`` removes the smallest weights before every epoch of the same ramp (Zhu & Gupta, 2017).
+    - Arms without importances are cut to their largest weights after the last epoch.
+
+    Args:
+        optimizer: of the run.
+        arm: its name.
+        sparsity: the share of weights that are zero in the end.
+        epochs: of the run, at least 2.
+    """
+
+    def __init__(self, optimizer: ImpactSGD, arm: str, sparsity: float, epochs: int) -> None:
+        self._optimizer, self._sparsity, self._epochs = optimizer, sparsity, epochs
+        self._ramp = max(1, round(RAMP * epochs))
+        options = optimizer.defaults
+        self._is_gradual = arm == GRADUAL
+        self._scheduler = None
+        if options["importance"] != "uniform" and options["drop_rate"] > 0:
+            self._scheduler = DropRateScheduler(optimizer, sparsity, self._ramp, start=0.0, shape="cubic")
+
+    def before(self, epoch: int) -> None:
+        """What comes before an epoch, counted from 0."""
+        if self._scheduler is not None and epoch == self._ramp:
+            self._optimizer.sparsify(self._sparsity)
+        if self._is_gradual and 0 < epoch <= self._ramp:
+            share = self._sparsity * (1 - (1 - epoch / self._ramp) ** 3)
+            self._optimizer.sparsify(share, by="magnitude")
+
+    def after(self, epoch: int) -> None:
+        """What comes after it."""
+        if self._scheduler is not None and epoch + 1 < self._ramp:
+            self._scheduler.step()
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether the network is cut at the end of this epoch, and has to be measured before as well."""
+        return self._scheduler is None and not self._is_gradual and epoch == self._epochs - 1
+
+    def cut(self) -> None:
+        """Keeps the largest weights."""
+        self._optimizer.sparsify(self._sparsity, by="magnitude")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._scheduler is None else self._scheduler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state_dict)
+
+
+class LayerDensity(NamedTuple):
+    """How many weights of a tensor are not zero."""
+
+    name: str
+    numel: int
+    kept: int
+
+
+def layer_densities(model: nn.Module) -> list[LayerDensity]:
+    """What is left of each tensor of two or more dimensions."""
+    weights = ((name, p.detach()) for name, p in model.named_parameters() if p.dim() >= 2)
+    return [LayerDensity(name, p.numel(), int(p.count_nonzero())) for name, p in weights]
+
+
+def density(model: nn.Module) -> float:
+    """The share of weights, of tensors of two or more dimensions, that are not zero."""
+    layers = layer_densities(model)
+    return sum(layer.kept for layer in layers) / sum(layer.numel for layer in layers)
+
+
+def mean_densities(runs: Iterable[Sequence[LayerDensity]]) -> dict[str, float]:
+    """The share of weights that each layer has kept, mean over runs of one model."""
+    by_layer = zip(*runs, strict=True)
+    return {
+        layers[0].name.removesuffix(".weight"): fmean(layer.kept / layer.numel for layer in layers)
+        for layers in by_layer
+    }
