@@ -35,6 +35,7 @@ from impact_optim.pruning import LayerReport, PruneReport, load_pruned
 
 pytest.importorskip("sklearn")
 
+DENSE_ARMS = ("baseline", "adamw", "scaled-steps", "gradual-magnitude")  # they drop nothing
 COMMON = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "drop_rate": 0.1}
 
 
@@ -341,7 +342,7 @@ def test_the_sparse_arms_drop_the_same_number_of_weights(digits):
     seen = {arm: dropped_per_pass(arm, options, digits) for arm, options in arms.items()}
     weights = 64 * 16 + 16 * 16 + 16 * 10
     assert {size for _, size in seen.values()} == {weights}
-    assert seen.pop("baseline")[0] == seen.pop("scaled-steps")[0] == {0}
+    assert [seen.pop(arm)[0] for arm in DENSE_ARMS] == [{0}] * len(DENSE_ARMS)
     # A simplex per tensor has a budget per tensor, each rounded on its own.
     assert seen.pop("saliency-tensor")[0] == {round(0.3 * 64 * 16) + round(0.3 * 16 * 16) + round(0.3 * 16 * 10)}
     assert {arm: counts for arm, (counts, _) in seen.items()} == {arm: {round(0.3 * weights)} for arm in seen}
@@ -350,7 +351,7 @@ def test_the_sparse_arms_drop_the_same_number_of_weights(digits):
 def test_the_sparse_arms_report_the_same_budget(digits, tmp_path):
     recipe = Recipe(epochs=2, batch=40, width=16)
     for arm in ARMS:
-        expected = 0.0 if arm in ("baseline", "scaled-steps") else 0.3
+        expected = 0.0 if arm in DENSE_ARMS else 0.3
         for entry in run(arm, digits, tmp_path / arm, recipe, ["drop_rate=0.3"]).lines():
             assert entry["dropped"] == pytest.approx(expected, abs=1e-3)
 
@@ -393,6 +394,11 @@ def numbers(results):
         ("baseline", Recipe(model="cnn", epochs=3, batch=40, width=8, prune=Pruning({2: 0.3}, target="macs"))),
         ("fisher", Recipe(epochs=4, batch=40, width=16, prune=Pruning({1: 0.2, 3: 0.5}, "class_information"))),
         ("saliency", Recipe(epochs=3, batch=40, width=16, prune=Pruning({2: 0.2, 3: 0.4}, "importance"))),
+        ("saliency", Recipe(epochs=4, batch=40, width=16, drop_schedule="warmup")),
+        ("saliency", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.8)),
+        ("gradual-magnitude", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.8)),
+        ("dropconnect", Recipe(epochs=3, batch=40, width=16, final_sparsity=0.8)),
+        ("magnitude", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.6, prune=Pruning({1: 0.3}, "l1"))),
     ],
 )
 def test_a_killed_run_ends_with_the_numbers_of_one_left_alone(arm, recipe, digits, tmp_path):
@@ -456,7 +462,54 @@ def test_arms_share_initial_weights_and_batches(digits, tmp_path):
     assert first["baseline"] == first["scaled-steps"]
 
 
+def test_every_way_to_a_sparse_network_gets_there(digits, tmp_path):
+    recipe = Recipe(epochs=8, batch=40, width=16, final_sparsity=0.9)
+    lines = {
+        arm: run(arm, digits, tmp_path / arm, recipe).lines()
+        for arm in ("dropconnect", "gradual-magnitude", "saliency")
+    }
+    # The largest weights after the last epoch; the accuracy before is measured as well.
+    assert [line["sparsity"] for line in lines["dropconnect"]] == pytest.approx([*[0] * 7, 0.9], abs=1e-3)
+    assert ["accuracy_before_cut" in line for line in lines["dropconnect"]] == [*[False] * 7, True]
+    # Zhu & Gupta's ramp, before every epoch up to the seventh.
+    ramp = [0.9 * (1 - (1 - min(epoch / 6, 1)) ** 3) for epoch in range(8)]
+    assert [line["sparsity"] for line in lines["gradual-magnitude"]] == pytest.approx(ramp, abs=1e-3)
+    # The same ramp of the drop rate, then the most important weights and no masks.
+    assert [line["sparsity"] for line in lines["saliency"]] == pytest.approx([*[0] * 6, 0.9, 0.9], abs=1e-3)
+    assert [line["dropped"] for line in lines["saliency"]] == pytest.approx([*ramp[:6], 0, 0], abs=2e-3)
+
+
+def test_a_run_keeps_what_is_left_of_its_layers(digits, tmp_path):
+    recipe = Recipe(epochs=3, batch=40, width=16, final_sparsity=0.75)
+    results = run("gradual-magnitude", digits, tmp_path, recipe)
+    layers = results.densities("gradual-magnitude", 3)
+    assert [layer.name for layer in layers] == ["hidden1.weight", "hidden2.weight", "head.weight"]
+    assert sum(layer.kept for layer in layers) == round(0.25 * sum(layer.numel for layer in layers))
+
+
+def test_arms_that_ramp_begin_from_options_that_suit_it():
+    options = arm_options(["baseline", "dropconnect", "fisher", "impacts"], COMMON, ["kl_weight=2"], to_be_sparse=True)
+    assert options["fisher"]["rescale"] == "none"
+    assert options["fisher"]["kl_weight"] == 2
+    assert options["impacts"]["kl_weight"] == 0.0
+    assert "rescale" not in options["dropconnect"]
+    optimizer = build_optimizer("baseline", nn.Linear(2, 2), options["baseline"], seed=0)
+    assert isinstance(optimizer, ImpactSGD)  # the same trajectory, of an optimizer that can be made sparse
+    assert optimizer.defaults["drop_rate"] == 0.0
+    with pytest.raises(ValueError, match="adamw cannot be made sparse"):
+        arm_options(["adamw"], COMMON, to_be_sparse=True)
+
+
+def test_adamw_is_torchs(digits, tmp_path):
+    optimizer = build_optimizer("adamw", nn.Linear(2, 2), arm_options(["adamw"], COMMON)["adamw"], seed=0)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["weight_decay"] == 0.0
+
+
 def test_schedules_set_rates(digits, tmp_path):
+    recipe = Recipe(epochs=8, batch=40, width=8, drop_schedule="warmup")
+    lines = run("dropconnect", digits, tmp_path / "w", recipe).lines()
+    assert [line["dropped"] for line in lines] == pytest.approx([0, 0.05, *[0.1] * 6])
     recipe = Recipe(epochs=4, batch=40, width=8, schedule="cosine", drop_schedule="linear")
     lines = run("dropconnect", digits, tmp_path / "a", recipe).lines()
     assert [line["dropped"] for line in lines] == pytest.approx([0.1, 0.075, 0.05, 0.025])
@@ -819,6 +872,9 @@ def test_ctrl_c_before_the_first_run_has_ended(tmp_path, capsys, monkeypatch):
         (["--prune", "0:0.2"], "counted from 1"),
         (["--prune", "10:0.2,41:0.4"], "--prune cuts after epoch 41, but there are 40 epochs"),
         (["--prune", "10:0.2", "--criterion", "importance"], "the arm baseline has none"),
+        (["--final-sparsity", "1"], "--final-sparsity must lie in (0, 1)"),
+        (["--final-sparsity", "0.9", "--epochs", "1"], "--final-sparsity needs two epochs"),
+        (["--final-sparsity", "0.9", "--arms", "adamw"], "adamw cannot be made sparse"),
     ],
 )
 def test_errors_of_the_user_are_one_line_and_leave_no_folder(arguments, message, tmp_path, capsys):
@@ -852,6 +908,24 @@ def test_the_whole_program_cuts(tmp_path, capsys):
     assert capsys.readouterr().out == first
     assert cli.main([*command, "--prune", "1:0.25,2:0.6"]) == 2
     assert "made with prune={'schedule': {'1': 0.25, '2': 0.5}" in capsys.readouterr().err
+
+
+def test_the_whole_program_makes_sparse(tmp_path, capsys):
+    command = [*SMALL, "--final-sparsity", "0.6", "--out", str(tmp_path)]
+    assert cli.main([*command, "--arms", "baseline", "gradual-magnitude", "saliency"]) == 0
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:5]]
+    assert table[0][-2:] == ["zero %", "before the cut %"]
+    assert [row[-2] for row in table[2:]] == ["60.0"] * 3
+    assert [bool(row[-1]) for row in table[2:]] == [True, False, False]
+    assert (tmp_path / "sparsity.png").exists()
+
+
+def test_a_layer_that_would_be_lost_is_named_and_the_other_arms_are_reported(tmp_path, capsys):
+    command = [*SMALL, "--final-sparsity", "0.998", "--set", "keep_floor=0.001", "--out", str(tmp_path)]
+    assert cli.main([*command, "--seeds", "1", "--arms", "saliency"]) == 2
+    shown = capsys.readouterr()
+    assert re.search(r"error: arm saliency: sparsity=0.998 would leave nothing of \w+\.weight", shown.err)
+    assert "no run has finished yet" in shown.out
 
 
 def test_schedules_are_read():

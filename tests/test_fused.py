@@ -355,6 +355,25 @@ def test_gradients_that_are_not_finite_do_not_reach_the_importances():
     assert optimizer.keep_probability(model.params[0]).isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e9, 1e15, 1e25])
+def test_a_gradient_that_explodes_counts_as_ten_means(size):
+    """Signals far above their mean, up to what float32 cannot hold, are clipped as by the for-loop."""
+    models, optimizers = pair(importance="saliency")
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 3)
+        optimizer.zero_grad()
+        model(targets(3)).backward()
+        for p in model.parameters():
+            p.grad[0] *= size
+        optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        if p.dim() >= 2:
+            ours, truth = (o.state[t]["log_importance"] for o, t in zip(optimizers[::-1], (q, p), strict=True))
+            level = optimizers[1].state[q]["log_normalizer"] - optimizers[0].state[p]["log_normalizer"]
+            torch.testing.assert_close(ours - level, truth, rtol=1e-4, atol=1e-4)
+            assert torch.isfinite(optimizers[1].importance(q)).all()
+
+
 def test_channels_last_and_gradients_laid_out_otherwise():
     models = [nn.Conv2d(32, 64, 3).to(memory_format=torch.channels_last) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())

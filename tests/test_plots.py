@@ -17,6 +17,7 @@ from impact_optim.plots import (
     plot_importances_of,
     plot_keep_probabilities,
     plot_keep_probabilities_of,
+    plot_sparsity,
 )
 
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -199,6 +200,17 @@ def test_convergence_wants_curves(curves):
 def test_convergence_names_curves_of_a_wrong_shape():
     with pytest.raises(ValueError, match=r"loss of arm has shape \(1, 1, 2\)"):
         plot_convergence({"loss": {"arm": [[[1, 2]]]}})
+
+
+def test_sparsity_shows_what_each_layer_kept():
+    figure = plot_sparsity({"a": {"first": 0.5, "last": 0.01}, "b": {"first": 0.25, "last": 1.0}})
+    (ax,) = figure.axes
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0.5, 0.01], [0.25, 1.0]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "last"]
+    assert ax.get_xscale() == "log"
+    for arms in ({}, {"a": {"first": 0.5}, "b": {"last": 0.5}}):
+        with pytest.raises(ValueError, match="the same layers for all arms"):
+            plot_sparsity(arms)
 
 
 def test_colors_tell_seven_arms_apart_and_lines_the_rest():

@@ -36,6 +36,7 @@ from impact_optim import SIGNALS
 from impact_optim.experiments.arms import arm_options, build_optimizer
 from impact_optim.experiments.data import Data, batch_count, load_data
 from impact_optim.experiments.pruning import Pruning
+from impact_optim.experiments.sparse import CannotBeSparse
 from impact_optim.experiments.training import Recipe, train
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -150,7 +151,13 @@ def run(settings: Settings) -> dict[str, Any]:
         if "importance" in options:
             options["fused"] = True  # the same masks, sooner
     results = InMemory()
-    train(base, settings["seed"], options, recipe, data, results, build=build)  # type: ignore[arg-type]
+    note = None
+    try:
+        train(base, settings["seed"], options, recipe, data, results, build=build)  # type: ignore[arg-type]
+    except CannotBeSparse as error:  # the network is dead, and as good as chance
+        note = str(error)
+        chance = {"accuracy": 1 / data.classes, "train_accuracy": 1 / data.classes}
+        results.lines += [{**results.lines[-1], **chance}] * (recipe.epochs - len(results.lines))
     lines, last = results.lines, results.lines[-1]
 
     def finite(value: float, digits: int = 4) -> float | None:
@@ -166,6 +173,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "before_cut": finite(last.get("accuracy_before_cut", math.nan)),
         "sparsity": finite(last.get("sparsity", math.nan)),
         "seconds": finite(sum(line["seconds"] for line in lines), 2),
+        "note": note,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
 

@@ -38,6 +38,8 @@ its smallest weights on the way to a final sparsity, and the same as ``baseline`
 DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
 """The four that the study compares."""
 
+# Masks that come to 0 and 1 on the way to a sparse network: importances that spread, and weights that are not enlarged.
+_RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.3}
 _TORCH_OPTIONS = {
     BASELINE: ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
     ADAMW: ("lr", "weight_decay"),
@@ -59,7 +61,8 @@ def arm_options(
         arms: names out of :data:`ARMS`.
         common: options for all arms, such as ``{"lr": 0.1}``.
         overrides: ``"OPTION=VALUE"`` for all arms, ``"ARM.OPTION=VALUE"`` for one.
-        to_be_sparse: whether the arms are given a final sparsity.
+        to_be_sparse: whether the arms are given a final sparsity. Those with importances then begin from options that
+            suit a ramp of the drop rate: ``rescale="none"``, and importances that spread further.
 
     Raises:
         ValueError: an unknown arm or option, or a value that the optimizer does not take.
@@ -83,7 +86,10 @@ def arm_options(
         if name not in SETTABLE:
             raise ValueError(f"{override!r} sets {name!r}, which is no option; choose from {', '.join(SETTABLE)}")
         (for_one[arm] if dot else for_all)[name] = _value(text)
-    options = {arm: {**common, **for_all, **ARMS[arm], **for_one[arm]} for arm in arms}
+    ramped = [arm for arm in arms if to_be_sparse and ARMS[arm].get("importance", "uniform") != "uniform"]
+    options = {
+        arm: {**common, **(_RAMPED if arm in ramped else {}), **for_all, **ARMS[arm], **for_one[arm]} for arm in arms
+    }
     for arm in options.keys() & _TORCH_OPTIONS.keys():
         options[arm] = {name: value for name, value in options[arm].items() if name in _TORCH_OPTIONS[arm]}
     if to_be_sparse:

@@ -20,7 +20,7 @@ from .data import DATA, Data, batch_count, load_data
 from .models import MODELS, build_model
 from .pruning import PrunedNetwork, Pruning, build_pruner, format_pruned_table, parse_schedule
 from .results import Line, ResultsFolder, format_table, runs_of, summarise
-from .sparse import RAMP, mean_densities
+from .sparse import RAMP, CannotBeSparse, mean_densities
 from .training import DROP_SCHEDULES, PRECISIONS, SCHEDULES, Recipe, train
 
 PROGRAM = "impact-optim"
@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             status = INTERRUPTED
+        except CannotBeSparse as error:
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+            status = 2
         _report(study)
     return status
 

@@ -15,6 +15,10 @@ from .arms import GRADUAL
 RAMP = 0.75  # of the epochs, as in Zhu & Gupta: then the network is sparse, and what is left trains on
 
 
+class CannotBeSparse(ValueError):
+    """A run whose weights cannot be made as sparse as was asked: nothing would be left of a layer."""
+
+
 class SparseFinish:
     """Makes a network sparse in one training run, the way of its arm.
 
@@ -30,8 +34,8 @@ class SparseFinish:
     """
 
     def __init__(self, optimizer: ImpactSGD, arm: str, sparsity: float, epochs: int) -> None:
-        self._optimizer, self._sparsity, self._epochs = optimizer, sparsity, epochs
-        self._ramp = max(1, round(RAMP * epochs))
+        self._optimizer, self._arm, self._sparsity, self._epochs = optimizer, arm, sparsity, epochs
+        self._ramp = max(1, min(round(RAMP * epochs), epochs - 1))
         options = optimizer.defaults
         self._is_gradual = arm == GRADUAL
         self._scheduler = None
@@ -39,12 +43,15 @@ class SparseFinish:
             self._scheduler = DropRateScheduler(optimizer, sparsity, self._ramp, start=0.0, shape="cubic")
 
     def before(self, epoch: int) -> None:
-        """What comes before an epoch, counted from 0."""
+        """What comes before an epoch, counted from 0.
+
+        Raises:
+            CannotBeSparse: nothing would be left of a layer.
+        """
         if self._scheduler is not None and epoch == self._ramp:
-            self._optimizer.sparsify(self._sparsity)
+            self._sparsify(self._sparsity, by="importance")
         if self._is_gradual and 0 < epoch <= self._ramp:
-            share = self._sparsity * (1 - (1 - epoch / self._ramp) ** 3)
-            self._optimizer.sparsify(share, by="magnitude")
+            self._sparsify(self._sparsity * (1 - (1 - epoch / self._ramp) ** 3), by="magnitude")
 
     def after(self, epoch: int) -> None:
         """What comes after it."""
@@ -56,8 +63,18 @@ class SparseFinish:
         return self._scheduler is None and not self._is_gradual and epoch == self._epochs - 1
 
     def cut(self) -> None:
-        """Keeps the largest weights."""
-        self._optimizer.sparsify(self._sparsity, by="magnitude")
+        """Keeps the largest weights.
+
+        Raises:
+            CannotBeSparse: nothing would be left of a layer.
+        """
+        self._sparsify(self._sparsity, by="magnitude")
+
+    def _sparsify(self, sparsity: float, by: str) -> None:
+        try:
+            self._optimizer.sparsify(sparsity, by=by)
+        except ValueError as error:
+            raise CannotBeSparse(f"arm {self._arm}: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._scheduler is None else self._scheduler.state_dict()
