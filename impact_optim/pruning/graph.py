@@ -75,7 +75,7 @@ class UnitGroup:
         return self._first + self.original
 
 
-_Counts = dict[tuple[str, str], list[Tensor]]
+_Counts = dict[tuple[str, str], list[Tensor | None]]
 
 
 class _Place(NamedTuple):
@@ -367,7 +367,9 @@ def _build(
     for module, attribute, labels, dim in run.sizes:
         counted = _along(units(labels), dim) if core(labels).size(dim) > 1 else None
         candidates = counts.setdefault((module, attribute), [])
-        if counted is not None and not any(torch.equal(counted, other) for other in candidates):
+        if counted is None and None not in candidates:
+            candidates.append(None)
+        elif counted is not None and not any(other is not None and torch.equal(counted, other) for other in candidates):
             candidates.append(counted)
     for module, where, labels in run.sightings:
         known = units(labels)
@@ -412,27 +414,34 @@ def _sample(graph: UnitGraph, end: int) -> dict[str, Tensor]:
 
 def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: Mapping[str, Tensor]) -> None:
     """Decides what attributes count; where several numbers agree by chance, by what the code survives."""
-    graph._sizes = {key: candidates[0] for key, candidates in counts.items() if len(candidates) == 1}
+    cut = {key: [labels for labels in candidates if labels is not None] for key, candidates in counts.items()}
+    graph._sizes = {key: candidates[0] for key, candidates in cut.items() if len(candidates) == 1}
     for module, attribute in list(graph._sizes):
         # As many heads as a head is wide: it is the heads that are cut.
         others = [name for owner, name in counts if owner == module and "heads" in name]
         if "head" in attribute and "heads" not in attribute and others:
             del graph._sizes[module, attribute]
-    for key, candidates in counts.items():
-        if len(candidates) < 2:
-            continue
-        names = _owners(graph, torch.cat(candidates))
 
-        def survives(names: list[str] = names) -> bool:
-            # Alone as well: what two groups lose may be the same number.
-            sets = [names, *([name] for name in names)]
-            return not any(_failure(model, graph, {name: chosen[name] for name in some}) for some in sets)
-
-        for candidate in candidates if not survives() else []:
-            graph._sizes[key] = candidate
-            if survives():
+    def settle(key: tuple[str, str], options: Sequence[Tensor | None], otherwise: Tensor | None) -> None:
+        names = _owners(graph, torch.cat(cut[key]))
+        # Alone as well: what two groups lose may be the same number.
+        sets = [names, *([name] for name in names if len(names) > 1)]
+        for labels in (*options, otherwise):
+            graph._sizes.pop(key, None)
+            if labels is not None:
+                graph._sizes[key] = labels
+            if not any(_failure(model, graph, {name: chosen[name] for name in some}) for some in sets):
                 break
-            del graph._sizes[key]
+
+    for key, candidates in cut.items():
+        if len(candidates) > 1:
+            settle(key, [None, *candidates], None)
+    # What is not cut may have as many, too: such attributes stay if the code does not survive that they follow.
+    doubtful = [key for key, labels in graph._sizes.items() if None in counts[key] and len(cut[key]) == 1]
+    if doubtful and _failure(model, graph, {name: chosen[name] for name in graph.groups}):
+        guilty = [name for name in graph.groups if _failure(model, graph, {name: chosen[name]})]
+        for key in (key for key in doubtful if not set(guilty).isdisjoint(_owners(graph, graph._sizes[key]))):
+            settle(key, [graph._sizes[key], None], graph._sizes[key])
 
 
 def _rehearse(model: nn.Module, graph: UnitGraph, samples: Iterable[Mapping[str, Tensor]]) -> None:

@@ -218,6 +218,7 @@ class Propagation:
         self.positional: list[Tensor] = []
         self.constants: list[tuple[str, Any]] = []
         self.used: set[str] = set()
+        self._tables = [name for name, _ in model.named_buffers()]
         self._rules, self._expected = rules, constants
         self._node: Node | None = None
 
@@ -440,16 +441,40 @@ class Propagation:
                     if dims.isdisjoint(varied(other)):
                         rest.append(other)
                         continue
+                    if dims > set(varied(other)) and self._is_table(other):
+                        labels = self._spread(labels, other)
+                        dims = set(varied(labels))
+                        continue
+                    if dims < set(varied(other)) and self._is_table(labels):
+                        rest.append(self._spread(other, labels))
+                        labels, dims = flat(labels, *dims), set()
+                        continue
                     self.atoms.join(*_pair(labels, other), f"{self.where()} combines them with what is not cut")
                     if len(varied(other)) > len(dims):
                         labels, dims = other, set(varied(other))
-                found = [*rest, labels]
+                found = [*rest, labels] if dims else rest
         for labels in found:
             for arrays, fixed in spread:
                 missing = fixed.intersection(varied(labels)) - {dim for array in arrays for dim in varied(array)}
                 if missing:
                     self.freeze(labels, f"{self.where()} combines them with what is not cut")
         return Value(shape, found)
+
+    def _is_table(self, labels: Tensor) -> bool:
+        """Whether labels are those of a buffer."""
+        labels = core(labels)
+        keys = [key for key in self.axes if key[0] in self._tables]
+        return bool(keys) and bool(torch.isin(labels, torch.cat([self.axes[key] for key in keys])).all())
+
+    def _spread(self, labels: Tensor, table: Tensor) -> Tensor:
+        """Labels that meet a table with fewer dimensions, rotary frequencies for instance, which is not cut.
+
+        It is the same for all heads; joined with each of them, it would make all heads one unit.
+        """
+        self.freeze(table, f"{self.where()} uses it for all of several units")
+        dims = varied(table)
+        self.join_over(labels, dims)
+        return flat(labels, *dims)
 
     def contract(self, first: Value, second: Value, letters: tuple[str, str, str]) -> Value:
         """A product summed over the letters that the result lacks, as in einsum."""
@@ -536,5 +561,5 @@ def _counts_units(attribute: str) -> bool:
 
 _COUNTED = {
     "heads", "head", "nhead", "channels", "chans", "features", "dim", "dims", "size", "width", "hidden", "inner",
-    "planes", "c", "ch", "filters", "units",
+    "planes", "c", "ch", "filters", "units", "nf",
 }  # fmt: skip

@@ -457,6 +457,7 @@ CREATED = [
 ]  # fmt: skip
 PLAIN = [
     "arange", "linspace", "eye", "tril_indices", "triu_indices", "tensor", "randint", "randperm", "sym_size",
+    "_assert_tensor_metadata",
 ]  # fmt: skip
 RESHAPED = [
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "_unsafe_view",
