@@ -100,6 +100,7 @@ class UnitGraph:
     _total: int = 0
     _opaque: dict[str, list[Any]] = field(default_factory=dict)
     _constants: list[tuple[str, Any]] = field(default_factory=list)
+    _norms: dict[str, str] = field(default_factory=dict)
     _positional: bool = False  # whether what a cut leaves depends on more than which units are coupled
 
     def plan(self, units: Mapping[str, Sequence[int] | Tensor]) -> Plan:
@@ -376,6 +377,10 @@ def _build(
         dims = varied(known)
         if len(dims) == 1 and (along := _along(known, dims[0])) is not None:
             graph._seen.setdefault((module, where, dims[0]), along)
+    for weight, means in run.norms.items():
+        mean = next(iter(means))
+        if len(means) == 1 and mean is not None and run.normed[mean] == {weight}:
+            graph._norms[weight] = mean
     graph._relist()
     return graph, number[:-1], counts
 

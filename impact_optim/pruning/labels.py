@@ -218,6 +218,10 @@ class Propagation:
         self.positional: list[Tensor] = []
         self.constants: list[tuple[str, Any]] = []
         self.used: set[str] = set()
+        self.norms: dict[str, set[str | None]] = {}
+        """Weight of a layer without a bias -> the running means of what reads its results, None for anything else."""
+        self.normed: dict[str, set[str | None]] = {}
+        """Running mean -> the weights of such layers that it is subtracted from the results of, None likewise."""
         self._tables = [name for name, _ in model.named_buffers()]
         self._rules, self._expected = rules, constants
         self._node: Node | None = None
@@ -243,6 +247,32 @@ class Propagation:
                     raise Mismatch(mismatch.units, f"{mismatch} ({self.where()})") from None
             else:
                 values[node] = Value(tuple(getattr(node.meta.get("val"), "shape", ())))
+        self._note_norms(program)
+
+    def _note_norms(self, program: ExportedProgram) -> None:
+        """Notes which layers without a bias feed which batch norms."""
+        placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+        tensors = {
+            node: self.names.get(spec.target or "")
+            for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True)
+        }
+        front: dict[Node, str] = {}
+        for node in program.graph.nodes:
+            if not isinstance(node.target, torch._ops.OpOverload):
+                continue
+            name, bound = node.target._schema.name, _bind(node.target, node.args, node.kwargs)
+            if name == "aten::batch_norm":
+                weight, mean = front.get(bound["input"]), tensors.get(bound["running_mean"])
+                if mean is not None:
+                    self.normed.setdefault(mean, set()).add(weight)
+                if weight is not None:
+                    self.norms.setdefault(weight, set()).add(mean)
+            elif (name == "aten::linear" or name.startswith("aten::conv")) and bound.get("bias") is None:
+                weight = tensors.get(bound.get("weight"))
+                if weight is not None and [user.target for user in node.users] == [torch.ops.aten.batch_norm.default]:
+                    front[node] = weight
+                elif weight is not None:
+                    self.norms.setdefault(weight, set()).add(None)
 
     def settle(self) -> None:
         """Joins atoms until all labels can be cut by cutting single dimensions."""
