@@ -293,7 +293,6 @@ def test_a_cut_that_is_undone_leaves_no_means_behind() -> None:
     before = {name: tensor.clone() for name, tensor in tensors(model).items()}
     report = pruner.step()
     assert not report.records
-    assert report.note.startswith("the guard bears 0 ")
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())
 
 

@@ -373,14 +373,16 @@ class Attention(nn.Module):
         if kind == "fused":
             del self.q, self.k, self.v
         self.proj = nn.Linear(heads * width, 12)
-        if kind == "rotary":
-            self.register_buffer("frequencies", torch.rand(width // 2))
+        if kind in ("rotary", "partial"):
+            self.register_buffer("frequencies", torch.rand(width // 2 if kind == "rotary" else 1))
 
     def rotated(self, x: Tensor) -> Tensor:
         """One table turns all heads; its type is converted, as language models do it."""
         angle = (torch.arange(x.shape[2]).unsqueeze(-1) * torch.cat([self.frequencies, self.frequencies])).float()
-        low, high = x.chunk(2, -1)
-        return x * angle.cos().to(x.dtype) + torch.cat([-high, low], -1) * angle.sin().to(x.dtype)
+        turned, rest = x[..., : angle.shape[-1]], x[..., angle.shape[-1] :]
+        low, high = turned.chunk(2, -1)
+        turned = turned * angle.cos().to(x.dtype) + torch.cat([-high, low], -1) * angle.sin().to(x.dtype)
+        return torch.cat([turned, rest], -1) if self.kind == "partial" else turned
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -390,9 +392,9 @@ class Attention(nn.Module):
             q, k, v = (
                 part(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v)
             )
-        if self.kind == "rotary":
+        if self.kind in ("rotary", "partial"):
             q, k = self.rotated(q), self.rotated(k)
-        if self.kind in ("fused", "gqa", "rotary"):
+        if self.kind in ("fused", "gqa", "rotary", "partial"):
             y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kind != "fused", is_causal=True)
         elif self.kind == "repeated":
             k, v = (p[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for p in (k, v))

@@ -81,7 +81,18 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "vit": _IMAGES,
     "whisper": {**_BOTH, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16},
 }
-HEADS = {"bert": 8, "bart": 24, "gpt2": 8, "llama": 8, "mistral": 8, "qwen2": 8, "t5": 8, "vit": 8}
+HEADS = {
+    "bert": 8,
+    "bart": 24,
+    "gpt2": 8,
+    "gpt_neox": 8,
+    "phi": 8,
+    "llama": 8,
+    "mistral": 8,
+    "qwen2": 8,
+    "t5": 8,
+    "vit": 8,
+}
 """Heads, or groups of heads that share keys and values, that can be cut."""
 QUICK = [
     "torchvision/shufflenet_v2_x0_5", "torchvision/resnet18", "timm/vit_tiny_patch16_224", "transformers/gpt2",

@@ -267,9 +267,15 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     first, last = _sample(graph, 0), _sample(graph, -1)
     _settle_sizes(model, graph, counts, first)
     _rehearse(model, graph, [first, last])
-    moved = [number[atoms.find(core(labels))] for labels in run.positional]
+    # Of what has been joined, heads for instance, all of it may move along the others' dimensions.
+    moved = [number[atoms.find(core(labels))] for labels, dims in run.positional if _differs(atoms, labels, dims)]
     graph._positional = any(len(_owners(graph, units)) > 0 for units in moved)
     return graph
+
+
+def _differs(atoms: Atoms, labels: Tensor, dims: set[int]) -> bool:
+    """Whether the units are not the same along dimensions, after all that has been joined."""
+    return not dims.isdisjoint(varied(atoms.find(core(labels))))
 
 
 def _names_in(model: nn.Module, part: nn.Module) -> list[str]:

@@ -163,7 +163,7 @@ def flat(labels: Tensor, *dims: int) -> Tensor:
     """Index 0 along the dimensions, everywhere."""
     shape = labels.shape
     for dim in dims:
-        labels = labels.narrow(dim, 0, 1)
+        labels = labels.narrow(dim, 0, min(1, shape[dim]))
     return labels.expand(shape)
 
 
@@ -215,7 +215,7 @@ class Propagation:
         self.sightings: list[Sighting] = []
         self.sizes: list[Size] = []
         self.grids: list[Tensor] = []
-        self.positional: list[Tensor] = []
+        self.positional: list[tuple[Tensor, set[int]]] = []
         self.constants: list[tuple[str, Any]] = []
         self.used: set[str] = set()
         self.norms: dict[str, set[str | None]] = {}
@@ -483,12 +483,18 @@ class Propagation:
                     if len(varied(other)) > len(dims):
                         labels, dims = other, set(varied(other))
                 found = [*rest, labels] if dims else rest
+        kept = []
         for labels in found:
+            missing = set[int]()
             for arrays, fixed in spread:
-                missing = fixed.intersection(varied(labels)) - {dim for array in arrays for dim in varied(array)}
-                if missing:
-                    self.freeze(labels, f"{self.where()} combines them with what is not cut")
-        return Value(shape, found)
+                missing |= fixed.intersection(varied(labels)) - {dim for array in arrays for dim in varied(array)}
+            if missing and missing.issuperset(varied(labels)):
+                self.freeze(labels, f"{self.where()} combines them with what is not cut")
+            elif missing:  # a table for all heads, say: heads can be cut, what they consist of cannot
+                self.join_over(labels, sorted(missing))
+                labels = flat(labels, *missing)
+            kept.append(labels)
+        return Value(shape, kept)
 
     def _is_table(self, labels: Tensor) -> bool:
         """Whether labels are those of a buffer."""
