@@ -754,7 +754,8 @@ class _Hook:
         self.action = action
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        if not torch.compiler.is_exporting():
+        # Not is_exporting(), which torch.compile of torch 2.8 takes for True.
+        if not torch.compiler._is_exporting_flag:
             self._run(module, *args)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
