@@ -450,9 +450,20 @@ def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: M
     # What is not cut may have as many, too: such attributes stay if the code does not survive that they follow.
     doubtful = [key for key, labels in graph._sizes.items() if None in counts[key] and len(cut[key]) == 1]
     if doubtful and _failure(model, graph, {name: chosen[name] for name in graph.groups}):
-        guilty = [name for name in graph.groups if _failure(model, graph, {name: chosen[name]})]
-        for key in (key for key in doubtful if not set(guilty).isdisjoint(_owners(graph, graph._sizes[key]))):
-            settle(key, [graph._sizes[key], None], graph._sizes[key])
+        # Layers that differ in their numbers only decide alike: a deep model has hundreds of such attributes.
+        failing: dict[str, bool] = {}
+        for name in graph.groups:
+            if _numberless(name) not in failing:
+                failing[_numberless(name)] = _failure(model, graph, {name: chosen[name]}) is not None
+        stays: dict[tuple[str, str], bool] = {}
+        for key in doubtful:
+            alike = _numberless(key[0]), key[1]
+            if alike in stays:
+                if stays[alike]:
+                    del graph._sizes[key]
+            elif any(failing[_numberless(name)] for name in _owners(graph, graph._sizes[key])):
+                settle(key, [graph._sizes[key], None], graph._sizes[key])
+                stays[alike] = key not in graph._sizes
 
 
 def _rehearse(model: nn.Module, graph: UnitGraph, samples: Iterable[Mapping[str, Tensor]]) -> None:
