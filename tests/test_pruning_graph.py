@@ -373,6 +373,16 @@ class Attention(nn.Module):
         if kind == "fused":
             del self.q, self.k, self.v
         self.proj = nn.Linear(heads * width, 12)
+        if kind in ("rotary", "partial"):
+            self.register_buffer("frequencies", torch.rand(width // 2 if kind == "rotary" else 1))
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """One table turns all heads; its type is converted, as language models do it."""
+        angle = (torch.arange(x.shape[2]).unsqueeze(-1) * torch.cat([self.frequencies, self.frequencies])).float()
+        turned, rest = x[..., : angle.shape[-1]], x[..., angle.shape[-1] :]
+        low, high = turned.chunk(2, -1)
+        turned = turned * angle.cos().to(x.dtype) + torch.cat([-high, low], -1) * angle.sin().to(x.dtype)
+        return torch.cat([turned, rest], -1) if self.kind == "partial" else turned
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -382,8 +392,10 @@ class Attention(nn.Module):
             q, k, v = (
                 part(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v)
             )
-        if self.kind in ("fused", "gqa"):
-            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kind == "gqa", is_causal=True)
+        if self.kind in ("rotary", "partial"):
+            q, k = self.rotated(q), self.rotated(k)
+        if self.kind in ("fused", "gqa", "rotary", "partial"):
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kind != "fused", is_causal=True)
         elif self.kind == "repeated":
             k, v = (p[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for p in (k, v))
             y = F.scaled_dot_product_attention(q, k, v)
@@ -400,7 +412,15 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "heads", "kv_heads"),
-    [("fused", 4, 4), ("matmul", 3, 3), ("bmm", 3, 3), ("einsum", 3, 3), ("gqa", 6, 3), ("repeated", 6, 3)],
+    [
+        ("fused", 4, 4),
+        ("matmul", 3, 3),
+        ("bmm", 3, 3),
+        ("einsum", 3, 3),
+        ("gqa", 6, 3),
+        ("repeated", 6, 3),
+        ("rotary", 6, 3),
+    ],
 )
 def test_heads_are_units(kind: str, heads: int, kv_heads: int) -> None:
     name = "qkv" if kind == "fused" else "q"
@@ -427,6 +447,30 @@ def test_width_of_a_head_is_cut_where_the_scale_does_not_follow_it() -> None:
     graph = trace(model, tokens())
     assert list(graph.groups) == ["v"]
     assert "scaled by the width" in graph.frozen["q"]
+
+
+class Transposed(nn.Module):
+    """A linear layer with its weight the other way round and its width written down, as in GPT-2."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def test_an_attribute_of_what_stays_does_not_follow_what_has_as_many_units() -> None:
+    up, down = Transposed(12, 12), Transposed(12, 12)
+    model = randomised(Run(lambda m, x: m.norm(x + m.down(m.up(x).relu())), up=up, down=down, norm=nn.LayerNorm(12)))
+    inputs = tokens()
+    graph = trace(model, inputs)
+    assert {name: group.size for name, group in graph.groups.items()} == {"up": 12}
+    reference = deafened(model, graph, {"up": [0, 3]})
+    cut(model, graph, {"up": [0, 3]})
+    assert (up.nf, down.nf) == (10, 12)
+    assert difference(run(reference, inputs), run(model, inputs)) < 1e-12
 
 
 # -- what cannot be cut --

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from impact_optim.pruning import cut, trace
 
@@ -35,7 +36,68 @@ TIMM = [
     "swin_tiny_patch4_window7_224", "tf_efficientnetv2_s", "twins_svt_small", "vit_tiny_patch16_224", "volo_d1_224",
     "vovnet39a", "xcit_nano_12_p16_224", "xception41",
 ]  # fmt: skip
-QUICK = ["torchvision/shufflenet_v2_x0_5", "torchvision/resnet18", "timm/vit_tiny_patch16_224"]
+_BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+_TOKENS = {"vocab_size": 50, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LANGUAGE = {**_TOKENS, **_BODY}
+_ROTARY = {**_LANGUAGE, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}
+_IMAGES = {**_BODY, "image_size": 16, "patch_size": 4}
+_BOTH = {
+    **_TOKENS, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "decoder_start_token_id": 2,
+}  # fmt: skip
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "albert": {**_LANGUAGE, "embedding_size": 16},
+    "bart": _BOTH,
+    "bert": _LANGUAGE,
+    "bloom": {"vocab_size": 50, "hidden_size": 24, "n_layer": 2, "n_head": 4},
+    "clip_vision_model": _IMAGES,
+    "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "deit": _IMAGES,
+    "dinov2": _IMAGES,
+    "distilbert": {"vocab_size": 50, "dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40},
+    "electra": {**_LANGUAGE, "embedding_size": 16},
+    "gemma": _ROTARY,
+    "gpt2": {**_TOKENS, "n_embd": 24, "n_layer": 2, "n_head": 4},
+    "gpt_neox": _LANGUAGE,
+    "llama": _ROTARY,
+    "mistral": _ROTARY,
+    "mobilevit": {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 40]},
+    "opt": {**_LANGUAGE, "ffn_dim": 40, "word_embed_proj_dim": 32},
+    "phi": _LANGUAGE,
+    "qwen2": _ROTARY,
+    "regnet": {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "groups_width": 8},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 1]},
+    "roberta": _LANGUAGE,
+    "segformer": {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]},
+    "swin": {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    },
+    "t5": {**_TOKENS, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4},
+    "vit": _IMAGES,
+    "whisper": {**_BOTH, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16},
+}
+HEADS = {
+    "bert": 8,
+    "bart": 24,
+    "gpt2": 8,
+    "gpt_neox": 8,
+    "phi": 8,
+    "llama": 8,
+    "mistral": 8,
+    "qwen2": 8,
+    "t5": 8,
+    "vit": 8,
+}
+"""Heads, or groups of heads that share keys and values, that can be cut."""
+QUICK = [
+    "torchvision/shufflenet_v2_x0_5", "torchvision/resnet18", "timm/vit_tiny_patch16_224", "transformers/gpt2",
+    "transformers/llama",
+]  # fmt: skip
 
 SIDES = {"vit_h_14": 28, "vit": 32, "inception_v3": 299, "maxvit_t": 224, "ssd300": 300}
 """Sides of the images that models see, by the beginning of their names; all others see 64 x 64."""
@@ -45,9 +107,11 @@ LARGE = 150_000_000
 """Parameters from which a model is run in float32."""
 
 
-def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(name: str) -> tuple[nn.Module, Any]:
     """A model with random weights, and an input."""
     family, _, short = name.partition("/")
+    if family == "transformers":
+        return build_transformer(short)
     if family == "timm":
         model = timm.create_model(short)
         return model, (torch.randn(1, *model.default_cfg["input_size"]),)
@@ -68,6 +132,21 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model.backbone if family == "detection" else model, (torch.randn(2, 3, side, side),)
 
 
+def build_transformer(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A small model of a family of Hugging Face's, and keyword arguments."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(name, **TRANSFORMERS[name])
+    model = transformers.AutoModel.from_config(config)
+    ids = torch.arange(12).view(2, 6)
+    if model.main_input_name == "pixel_values":
+        side = getattr(config, "image_size", 64)
+        return model, {"pixel_values": torch.randn(2, 3, side, side)}
+    inputs = {"input_ids": ids} if model.main_input_name == "input_ids" else {"input_features": torch.randn(2, 8, 16)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return model, inputs | ({"use_cache": False} if hasattr(config, "use_cache") else {})
+
+
 @pytest.fixture(scope="module")
 def tally() -> Generator[list[str], None, None]:
     """Names of what was traced, cut and equal."""
@@ -82,6 +161,7 @@ NAMES = [
     *(f"video/{name}" for name in VIDEO),
     *(f"detection/{name}" for name in DETECTION),
     *(f"timm/{name}" for name in TIMM),
+    *(f"transformers/{name}" for name in TRANSFORMERS),
 ]
 
 
@@ -93,7 +173,8 @@ def test_cut_equals_masked(name: str, tally: list[str]) -> None:
     model, inputs = build(name)
     large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
     dtype = torch.float32 if large else torch.float64
-    model, inputs = randomised(model, dtype), tuple(value.to(dtype) for value in inputs)
+    model = randomised(model, dtype)
+    inputs = tree_map_only(Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, inputs)
     start = time.perf_counter()
     graph = trace(model, inputs)
     traced = time.perf_counter() - start
@@ -103,6 +184,8 @@ def test_cut_equals_masked(name: str, tally: list[str]) -> None:
         return
     units_before = {group: entry.size for group, entry in graph.groups.items()}
     assert units_before, "nothing can be cut"
+    if (heads := HEADS.get(name.removeprefix("transformers/"))) is not None and name.startswith("transformers"):
+        assert sum(size for group, size in units_before.items() if re.search(r"att|Attention", group)) == heads
     generator = torch.Generator().manual_seed(0)
     before, worst = sum(parameter.numel() for parameter in model.parameters()), 0.0
     slowest = 0.0
@@ -115,8 +198,9 @@ def test_cut_equals_masked(name: str, tally: list[str]) -> None:
         slowest = max(slowest, time.perf_counter() - start)
         worst = max(worst, difference(expected, run(model, inputs)))
     after = sum(parameter.numel() for parameter in model.parameters())
-    outputs = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    sum(leaf.sum() for leaf in outputs).backward()
+    output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    sum(leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad).backward()
     assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
     print(
         f"{name}: {len(units_before)} groups, {sum(units_before.values())} units, {before} -> {after} parameters, "

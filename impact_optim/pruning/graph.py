@@ -75,7 +75,7 @@ class UnitGroup:
         return self._first + self.original
 
 
-_Counts = dict[tuple[str, str], list[Tensor]]
+_Counts = dict[tuple[str, str], list[Tensor | None]]
 
 
 class _Place(NamedTuple):
@@ -100,6 +100,7 @@ class UnitGraph:
     _total: int = 0
     _opaque: dict[str, list[Any]] = field(default_factory=dict)
     _constants: list[tuple[str, Any]] = field(default_factory=list)
+    _norms: dict[str, str] = field(default_factory=dict)
     _positional: bool = False  # whether what a cut leaves depends on more than which units are coupled
 
     def plan(self, units: Mapping[str, Sequence[int] | Tensor]) -> Plan:
@@ -266,9 +267,15 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     first, last = _sample(graph, 0), _sample(graph, -1)
     _settle_sizes(model, graph, counts, first)
     _rehearse(model, graph, [first, last])
-    moved = [number[atoms.find(core(labels))] for labels in run.positional]
+    # Of what has been joined, heads for instance, all of it may move along the others' dimensions.
+    moved = [number[atoms.find(core(labels))] for labels, dims in run.positional if _differs(atoms, labels, dims)]
     graph._positional = any(len(_owners(graph, units)) > 0 for units in moved)
     return graph
+
+
+def _differs(atoms: Atoms, labels: Tensor, dims: set[int]) -> bool:
+    """Whether the units are not the same along dimensions, after all that has been joined."""
+    return not dims.isdisjoint(varied(atoms.find(core(labels))))
 
 
 def _names_in(model: nn.Module, part: nn.Module) -> list[str]:
@@ -367,13 +374,19 @@ def _build(
     for module, attribute, labels, dim in run.sizes:
         counted = _along(units(labels), dim) if core(labels).size(dim) > 1 else None
         candidates = counts.setdefault((module, attribute), [])
-        if counted is not None and not any(torch.equal(counted, other) for other in candidates):
+        if counted is None and None not in candidates:
+            candidates.append(None)
+        elif counted is not None and not any(other is not None and torch.equal(counted, other) for other in candidates):
             candidates.append(counted)
     for module, where, labels in run.sightings:
         known = units(labels)
         dims = varied(known)
         if len(dims) == 1 and (along := _along(known, dims[0])) is not None:
             graph._seen.setdefault((module, where, dims[0]), along)
+    for weight, means in run.norms.items():
+        mean = next(iter(means))
+        if len(means) == 1 and mean is not None and run.normed[mean] == {weight}:
+            graph._norms[weight] = mean
     graph._relist()
     return graph, number[:-1], counts
 
@@ -412,27 +425,45 @@ def _sample(graph: UnitGraph, end: int) -> dict[str, Tensor]:
 
 def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: Mapping[str, Tensor]) -> None:
     """Decides what attributes count; where several numbers agree by chance, by what the code survives."""
-    graph._sizes = {key: candidates[0] for key, candidates in counts.items() if len(candidates) == 1}
+    cut = {key: [labels for labels in candidates if labels is not None] for key, candidates in counts.items()}
+    graph._sizes = {key: candidates[0] for key, candidates in cut.items() if len(candidates) == 1}
     for module, attribute in list(graph._sizes):
         # As many heads as a head is wide: it is the heads that are cut.
         others = [name for owner, name in counts if owner == module and "heads" in name]
         if "head" in attribute and "heads" not in attribute and others:
             del graph._sizes[module, attribute]
-    for key, candidates in counts.items():
-        if len(candidates) < 2:
-            continue
-        names = _owners(graph, torch.cat(candidates))
 
-        def survives(names: list[str] = names) -> bool:
-            # Alone as well: what two groups lose may be the same number.
-            sets = [names, *([name] for name in names)]
-            return not any(_failure(model, graph, {name: chosen[name] for name in some}) for some in sets)
-
-        for candidate in candidates if not survives() else []:
-            graph._sizes[key] = candidate
-            if survives():
+    def settle(key: tuple[str, str], options: Sequence[Tensor | None], otherwise: Tensor | None) -> None:
+        names = _owners(graph, torch.cat(cut[key]))
+        # Alone as well: what two groups lose may be the same number.
+        sets = [names, *([name] for name in names if len(names) > 1)]
+        for labels in (*options, otherwise):
+            graph._sizes.pop(key, None)
+            if labels is not None:
+                graph._sizes[key] = labels
+            if not any(_failure(model, graph, {name: chosen[name] for name in some}) for some in sets):
                 break
-            del graph._sizes[key]
+
+    for key, candidates in cut.items():
+        if len(candidates) > 1:
+            settle(key, [None, *candidates], None)
+    # What is not cut may have as many, too: such attributes stay if the code does not survive that they follow.
+    doubtful = [key for key, labels in graph._sizes.items() if None in counts[key] and len(cut[key]) == 1]
+    if doubtful and _failure(model, graph, {name: chosen[name] for name in graph.groups}):
+        # Layers that differ in their numbers only decide alike: a deep model has hundreds of such attributes.
+        failing: dict[str, bool] = {}
+        for name in graph.groups:
+            if _numberless(name) not in failing:
+                failing[_numberless(name)] = _failure(model, graph, {name: chosen[name]}) is not None
+        stays: dict[tuple[str, str], bool] = {}
+        for key in doubtful:
+            alike = _numberless(key[0]), key[1]
+            if alike in stays:
+                if stays[alike]:
+                    del graph._sizes[key]
+            elif any(failing[_numberless(name)] for name in _owners(graph, graph._sizes[key])):
+                settle(key, [graph._sizes[key], None], graph._sizes[key])
+                stays[alike] = key not in graph._sizes
 
 
 def _rehearse(model: nn.Module, graph: UnitGraph, samples: Iterable[Mapping[str, Tensor]]) -> None:

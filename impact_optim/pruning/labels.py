@@ -163,7 +163,7 @@ def flat(labels: Tensor, *dims: int) -> Tensor:
     """Index 0 along the dimensions, everywhere."""
     shape = labels.shape
     for dim in dims:
-        labels = labels.narrow(dim, 0, 1)
+        labels = labels.narrow(dim, 0, min(1, shape[dim]))
     return labels.expand(shape)
 
 
@@ -215,9 +215,14 @@ class Propagation:
         self.sightings: list[Sighting] = []
         self.sizes: list[Size] = []
         self.grids: list[Tensor] = []
-        self.positional: list[Tensor] = []
+        self.positional: list[tuple[Tensor, set[int]]] = []
         self.constants: list[tuple[str, Any]] = []
         self.used: set[str] = set()
+        self.norms: dict[str, set[str | None]] = {}
+        """Weight of a layer without a bias -> the running means of what reads its results, None for anything else."""
+        self.normed: dict[str, set[str | None]] = {}
+        """Running mean -> the weights of such layers that it is subtracted from the results of, None likewise."""
+        self._tables = [name for name, _ in model.named_buffers()]
         self._rules, self._expected = rules, constants
         self._node: Node | None = None
 
@@ -242,6 +247,32 @@ class Propagation:
                     raise Mismatch(mismatch.units, f"{mismatch} ({self.where()})") from None
             else:
                 values[node] = Value(tuple(getattr(node.meta.get("val"), "shape", ())))
+        self._note_norms(program)
+
+    def _note_norms(self, program: ExportedProgram) -> None:
+        """Notes which layers without a bias feed which batch norms."""
+        placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+        tensors = {
+            node: self.names.get(spec.target or "")
+            for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True)
+        }
+        front: dict[Node, str] = {}
+        for node in program.graph.nodes:
+            if not isinstance(node.target, torch._ops.OpOverload):
+                continue
+            name, bound = node.target._schema.name, _bind(node.target, node.args, node.kwargs)
+            if name == "aten::batch_norm":
+                weight, mean = front.get(bound["input"]), tensors.get(bound["running_mean"])
+                if mean is not None:
+                    self.normed.setdefault(mean, set()).add(weight)
+                if weight is not None:
+                    self.norms.setdefault(weight, set()).add(mean)
+            elif (name == "aten::linear" or name.startswith("aten::conv")) and bound.get("bias") is None:
+                weight = tensors.get(bound.get("weight"))
+                if weight is not None and [user.target for user in node.users] == [torch.ops.aten.batch_norm.default]:
+                    front[node] = weight
+                elif weight is not None:
+                    self.norms.setdefault(weight, set()).add(None)
 
     def settle(self) -> None:
         """Joins atoms until all labels can be cut by cutting single dimensions."""
@@ -440,16 +471,46 @@ class Propagation:
                     if dims.isdisjoint(varied(other)):
                         rest.append(other)
                         continue
+                    if dims > set(varied(other)) and self._is_table(other):
+                        labels = self._spread(labels, other)
+                        dims = set(varied(labels))
+                        continue
+                    if dims < set(varied(other)) and self._is_table(labels):
+                        rest.append(self._spread(other, labels))
+                        labels, dims = flat(labels, *dims), set()
+                        continue
                     self.atoms.join(*_pair(labels, other), f"{self.where()} combines them with what is not cut")
                     if len(varied(other)) > len(dims):
                         labels, dims = other, set(varied(other))
-                found = [*rest, labels]
+                found = [*rest, labels] if dims else rest
+        kept = []
         for labels in found:
+            missing = set[int]()
             for arrays, fixed in spread:
-                missing = fixed.intersection(varied(labels)) - {dim for array in arrays for dim in varied(array)}
-                if missing:
-                    self.freeze(labels, f"{self.where()} combines them with what is not cut")
-        return Value(shape, found)
+                missing |= fixed.intersection(varied(labels)) - {dim for array in arrays for dim in varied(array)}
+            if missing and missing.issuperset(varied(labels)):
+                self.freeze(labels, f"{self.where()} combines them with what is not cut")
+            elif missing:  # a table for all heads, say: heads can be cut, what they consist of cannot
+                self.join_over(labels, sorted(missing))
+                labels = flat(labels, *missing)
+            kept.append(labels)
+        return Value(shape, kept)
+
+    def _is_table(self, labels: Tensor) -> bool:
+        """Whether labels are those of a buffer."""
+        labels = core(labels)
+        keys = [key for key in self.axes if key[0] in self._tables]
+        return bool(keys) and bool(torch.isin(labels, torch.cat([self.axes[key] for key in keys])).all())
+
+    def _spread(self, labels: Tensor, table: Tensor) -> Tensor:
+        """Labels that meet a table with fewer dimensions, rotary frequencies for instance, which is not cut.
+
+        It is the same for all heads; joined with each of them, it would make all heads one unit.
+        """
+        self.freeze(table, f"{self.where()} uses it for all of several units")
+        dims = varied(table)
+        self.join_over(labels, dims)
+        return flat(labels, *dims)
 
     def contract(self, first: Value, second: Value, letters: tuple[str, str, str]) -> Value:
         """A product summed over the letters that the result lacks, as in einsum."""
@@ -536,5 +597,5 @@ def _counts_units(attribute: str) -> bool:
 
 _COUNTED = {
     "heads", "head", "nhead", "channels", "chans", "features", "dim", "dims", "size", "width", "hidden", "inner",
-    "planes", "c", "ch", "filters", "units",
+    "planes", "c", "ch", "filters", "units", "nf",
 }  # fmt: skip

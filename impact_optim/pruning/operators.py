@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from .labels import CONSUMER, PRODUCER, Propagation, Rule, Value, blank, core, index0, is_value, stretched, varied
+from .labels import CONSUMER, PRODUCER, Propagation, Rule, Value, blank, core, flat, index0, is_value, stretched, varied
 
 
 def _shape(node: Node) -> tuple[int, ...]:
@@ -37,8 +37,7 @@ def _moved(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     value = bound["self"]
     if run.operator().removeprefix("aten::") in POSITIONAL:
         dims = bound["dims"] if "dims" in bound else [bound[name] for name in ("dim", "dimension") if name in bound]
-        rank = len(value.shape)
-        run.positional += [a for a in value.labels if {dim % rank for dim in dims}.intersection(varied(a))]
+        run.positional += [(labels, {dim % len(value.shape) for dim in dims}) for labels in value.labels]
     rest = {name: argument for name, argument in bound.items() if name != "self"}
     results = [node.target(self=labels, **rest) for labels in value.labels]  # type: ignore[operator]
     if isinstance(node.meta["val"], (tuple, list)):
@@ -67,7 +66,7 @@ def _divided(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
         for labels in value.labels:
             run.join_over(labels.unflatten(dim, (len(sizes), sizes[0])), [dim % labels.dim()])
     else:
-        run.positional += [labels for labels in value.labels if dim % labels.dim() in varied(labels)]
+        run.positional += [(labels, {dim % labels.dim()}) for labels in value.labels]
     return _moved(run, bound, node)
 
 
@@ -80,6 +79,14 @@ def _joined(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
             Value((*v.shape[:dim], 1, *v.shape[dim:]), [a.unsqueeze(dim) for a in v.labels], uniform=v.uniform)
             for v in values
         ]
+    # Where a part has units across the dimension alone, heads for instance, the others have no smaller ones.
+    other = {d for value in values for a in value.labels if dim not in varied(a) for d in varied(a)}
+    for i, value in enumerate(values):
+        grids = [dim in varied(a) and not other.isdisjoint(varied(a)) for a in value.labels]
+        for labels in (a for a, grid in zip(value.labels, grids, strict=True) if grid):
+            run.join_over(labels, [dim])
+        arrays = [flat(a, dim) if grid else a for a, grid in zip(value.labels, grids, strict=True)]
+        values[i] = Value(value.shape, arrays, uniform=value.uniform)
     across, along = [], []
     for value in values:
         ours = [labels for labels in value.labels if dim in varied(labels)]
@@ -457,6 +464,7 @@ CREATED = [
 ]  # fmt: skip
 PLAIN = [
     "arange", "linspace", "eye", "tril_indices", "triu_indices", "tensor", "randint", "randperm", "sym_size",
+    "_assert_tensor_metadata",
 ]  # fmt: skip
 RESHAPED = [
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "_unsafe_view",

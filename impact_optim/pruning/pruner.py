@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
+from .folding import fold
 from .graph import UnitGroup, trace
-from .rehearsal import as_inputs
-from .repair import repair, replace_state
+from .rehearsal import as_inputs, named_tensors
+from .repair import repair, replace_state, unwrapped
 from .report import LayerReport, ModelSize, PruneReport, model_size
 from .statistics import ActivationStatistics, UnitStatistics
 from .surgery import PruneRecord, cut
@@ -85,6 +86,9 @@ class ActivationPruner:
         ignore: modules of which nothing is cut.
         guard: a metric, called with the model, of which more is better, and how much of it a cut may cost. A cut that
             costs more is undone, and smaller ones are tried. Where processes train together, they compare its mean.
+        keep_means: what removed units contribute on average stays, in the biases or batch norms behind the layers that
+            read them; see :func:`~impact_optim.pruning.folding.fold`. Where it cannot, the report says so. Averaged
+            copies keep it, too. Without it those layers read zeros.
         every: statistics are gathered in one of so many forward passes.
         classes: number of classes, for ``"class_information"``; then ``pruner.statistics.labels`` is to be set before
             each forward pass.
@@ -116,6 +120,7 @@ class ActivationPruner:
         max_ratio: float = 1.0,
         ignore: Iterable[nn.Module] = (),
         guard: Guard | None = None,
+        keep_means: bool = False,
         every: int = 8,
         classes: int = 0,
         seed: int = 0,
@@ -136,12 +141,14 @@ class ActivationPruner:
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
         repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
-        self.target, self.split, self.guard, self.seed = target, split, guard, seed
+        self.target, self.split, self.guard, self.keep_means, self.seed = target, split, guard, keep_means, seed
         self.round_to, self.min_units, self.max_ratio = round_to, min_units, max_ratio
         self.epoch = 0
         """Epochs that have ended."""
         self.graph = trace(model, example_inputs, ignore=ignore)
-        self.statistics = ActivationStatistics(model, self.graph, every=every, classes=classes, seed=seed)
+        self.statistics = ActivationStatistics(
+            model, self.graph, every=every, classes=classes, seed=seed, means=keep_means
+        )
         self._inputs = as_inputs(example_inputs)
         self._size = model_size(model, self._inputs)
         self._original_macs = self._size.macs[""]
@@ -196,7 +203,7 @@ class ActivationPruner:
         return replace(self._report(self.epoch, chosen, scores.values, size), note="dry run")
 
     def _attach_if_due(self) -> None:
-        if self.epoch + 1 in self.schedule and self._reads_activations():
+        if self.epoch + 1 in self.schedule and (self._reads_activations() or self.keep_means):
             self.statistics.attach()
             if self.epoch > 0:
                 torch.compiler.reset()  # what is compiled already does not look for new hooks
@@ -219,9 +226,10 @@ class ActivationPruner:
                     note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
             size = model_size(self.model, self._inputs, self.graph.plan(chosen))
             report = self._report(epoch, chosen, scores.values, size)
-            records = self._remove(chosen)
+            left_out = fold(self.model, self.graph, chosen, scores.means).left_out if self.keep_means else {}
+            records = self._remove(chosen, scores.means)
             self._size = size
-            return replace(report, records=records, metric=metric, note=note)
+            return replace(report, records=records, metric=metric, note=note, left_out=left_out)
 
     def _bearable(
         self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
@@ -234,7 +242,7 @@ class ActivationPruner:
         for _ in range(1 + _SMALLER_CUTS):
             before.restore()
             chosen = self._choose(asked, scores)
-            self._remove(chosen)
+            self._remove(chosen, scores.means)
             end = _mean_over_processes(measure(self.model))
             if start - end <= tolerance:  # not so for nan
                 best = (asked, chosen, (start, end))
@@ -261,7 +269,7 @@ class ActivationPruner:
                     f"the criterion gives scores of shape {tuple(value.shape)} to {name}, which has {size} units; it "
                     "must give one to each"
                 )
-        return _Scores(_of_first_process(values), context.statistics)
+        return _Scores(_of_first_process(values), context.statistics, self.statistics.mean_inputs())
 
     def _importances(self) -> dict[str, Tensor]:
         """Of the weights that an ImpactSGD trains."""
@@ -327,14 +335,19 @@ class ActivationPruner:
             min_units={name: max(self.min_units, units) for name, units in least.items()},
         )
 
-    def _remove(self, chosen: Mapping[str, Tensor]) -> list[PruneRecord]:
+    def _remove(self, chosen: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> list[PruneRecord]:
         """Cuts everything that knows of the units. Where it raises, part of it may have been cut."""
         kept = {}
         for name, units in chosen.items():
             stays = torch.ones(self.graph.groups[name].size, dtype=torch.bool)
             stays[units] = False
             kept[name] = stays.nonzero().flatten()
-        records = cut(self.model, self.graph, chosen)
+        for average in self.averaged if means else ():
+            average = unwrapped(average, self.model)
+            tensors = named_tensors(average)
+            for name, value in fold(average, self.graph, chosen, means).values.items():
+                tensors[name].data = value
+        records = cut(self.model, self.graph, chosen, means)
         repair(records, self.model, optimizers=self.optimizers, averaged=self.averaged)
         self.statistics.keep(kept)
         return records
@@ -405,7 +418,7 @@ class ActivationPruner:
         try:
             with self._all_or_nothing():
                 try:
-                    self._remove({name: positions for name, positions in chosen.items() if len(positions)})
+                    self._remove({name: positions for name, positions in chosen.items() if len(positions)}, {})
                 except ValueError as error:
                     raise ValueError(
                         f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
@@ -420,6 +433,7 @@ class ActivationPruner:
 class _Scores(NamedTuple):
     values: Mapping[str, Tensor]
     statistics: Mapping[str, Sequence[UnitStatistics]]
+    means: Mapping[str, Tensor]
 
 
 class _Snapshot:
@@ -438,7 +452,8 @@ class _Snapshot:
         self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
         self._graph = {key: deepcopy(value) for key, value in vars(pruner.graph).items() if key != "_inputs"}
-        self._statistics = deepcopy((pruner.statistics.groups, pruner.statistics.batches))
+        statistics = pruner.statistics
+        self._statistics = deepcopy((statistics.groups, statistics.inputs, statistics.batches))
         self._size = pruner._size
 
     @torch.no_grad()
@@ -458,7 +473,8 @@ class _Snapshot:
             if optimizer.state is not state:
                 replace_state(optimizer, state)
         vars(self._pruner.graph).update(deepcopy(self._graph))
-        self._pruner.statistics.groups, self._pruner.statistics.batches = deepcopy(self._statistics)
+        statistics = self._pruner.statistics
+        statistics.groups, statistics.inputs, statistics.batches = deepcopy(self._statistics)
         self._pruner._size = self._size
 
 

@@ -16,7 +16,7 @@ from .architecture import integer_attributes, set_integer_attributes
 from .rehearsal import named_tensors
 from .surgery import PruneRecord, select
 
-__all__ = ["repair", "replace_state"]
+__all__ = ["repair", "replace_state", "unwrapped"]
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def repair(
         for optimizer in _as_list(optimizers, Optimizer)
         if (state := _cut_state(optimizer, model, cuts)) is not None
     ]
-    copies = [_unwrapped(copy, model) for copy in _as_list(averaged, nn.Module)]
+    copies = [unwrapped(copy, model) for copy in _as_list(averaged, nn.Module)]
     new_tensors = [new for copy in copies for new in _cut_copy(copy, cuts)]
     old_states = [(optimizer, optimizer.state) for optimizer, _ in new_states]
     try:
@@ -196,7 +196,7 @@ def replace_state(optimizer: Optimizer, state: dict[Tensor, Any]) -> None:
 # ------------------------------------------------------------------------------- copies
 
 
-def _unwrapped(copy: nn.Module, model: nn.Module) -> nn.Module:
+def unwrapped(copy: nn.Module, model: nn.Module) -> nn.Module:
     """The module inside, where an averaged copy wraps it."""
     inner = getattr(copy, "module", None)
     copy = inner if isinstance(inner, nn.Module) and type(copy) is not type(model) else copy

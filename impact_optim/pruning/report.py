@@ -53,6 +53,8 @@ class PruneReport:
     """What the guard measured, before and after."""
     note: str = ""
     """Why nothing, or less than was asked, has been cut."""
+    left_out: dict[str, str] = field(default_factory=dict, repr=False)
+    """Layers that read removed units as zero, although means were to be kept -> why."""
 
     def __str__(self) -> str:
         rows = [("layer", "units", "score", "MACs", "parameters")]
@@ -68,6 +70,7 @@ class PruneReport:
             lines.append("  ".join(cells).rstrip())
         if self.metric is not None:
             lines.append(f"metric {self.metric[0]:.6g} → {self.metric[1]:.6g}")
+        lines += [f"no mean kept: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
 

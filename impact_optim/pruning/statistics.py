@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..sampling import philox4x32
+from .folding import mean_inputs, units_read
 from .graph import Observation, UnitGraph, UnitGroup
 
 # The finest bin width. Responses below 2^-64 are those of a dead unit.
@@ -585,6 +586,7 @@ class ActivationStatistics:
         classes: number of classes, where ``labels`` are to be handed in before each training pass.
         seed: of the random signs.
         rank: number of the data-parallel process; that of ``torch.distributed`` by default.
+        means: gather the mean inputs of layers as well, for cuts that keep means.
     """
 
     def __init__(
@@ -596,6 +598,7 @@ class ActivationStatistics:
         classes: int = 0,
         seed: int = 0,
         rank: int | None = None,
+        means: bool = False,
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}; it must be at least 1")
@@ -615,6 +618,8 @@ class ActivationStatistics:
             ]
             for name, group in graph.groups.items()
         }
+        self.inputs = mean_inputs(model, graph) if means else {}
+        """By module, of the layers that read units."""
         self._handles: list[RemovableHandle] = []
         self._recording = False
 
@@ -635,6 +640,9 @@ class ActivationStatistics:
                 self._handles.append(modules[module].register_forward_pre_hook(hook, with_kwargs=True))
             else:
                 self._handles.append(modules[module].register_forward_hook(hook))
+        for module in self.inputs:
+            hook = _Hook(self, functools.partial(_observe_mean, module))
+            self._handles.append(modules[module].register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Ends it; what has been gathered stays."""
@@ -646,22 +654,42 @@ class ActivationStatistics:
     def merge(self, other: ActivationStatistics) -> None:
         """Takes in what other statistics of the same groups have gathered, from other samples."""
         self._same_groups({name: len(places) for name, places in other.groups.items()})
+        self._same_inputs({name: (mean.total, mean.count) for name, mean in other.inputs.items()})
         for name, places in self.groups.items():
             for own, theirs in zip(places, other.groups[name], strict=True):
                 own._check(theirs._tensors())
         for name, places in self.groups.items():
             for own, theirs in zip(places, other.groups[name], strict=True):
                 own.merge(theirs)
+        for name, mean in self.inputs.items():
+            mean.total += other.inputs[name].total.to(mean.total.device)
+            mean.count += other.inputs[name].count.to(mean.count.device)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, list[UnitStatistics]]:
         """``groups`` with the statistics of all processes together; see :meth:`UnitStatistics.all_reduce`."""
         return {name: [place.all_reduce(group) for place in places] for name, places in self.groups.items()}
+
+    def mean_inputs(self, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+        """By module, the mean of what each column of its weight is multiplied with, where it has had any input.
+
+        Over all processes, the same on each; every process has to call it.
+        """
+        sums = copy.deepcopy({name: (mean.total, mean.count) for name, mean in self.inputs.items()})
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (tensor for pair in sums.values() for tensor in pair):
+                dist.all_reduce(tensor, group=group)
+        return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
     def keep(self, kept: Mapping[str, Tensor]) -> None:
         """After a cut: keeps the statistics of these positions of each group that was cut."""
         for name, positions in kept.items():
             for place in self.groups[name]:
                 place.keep(positions)
+        tables = units_read(self.graph) if self.inputs else {}
+        weights = {id(tensor): name for name, tensor in self.model.named_parameters()}
+        modules = dict(self.model.named_modules())
+        for name, mean in self.inputs.items():
+            mean.keep(kept, tables.get(weights[id(modules[name].weight)], {}))
 
     def reset(self) -> None:
         """Begins anew; the next training pass is recorded."""
@@ -669,11 +697,15 @@ class ActivationStatistics:
         for places in self.groups.values():
             for place in places:
                 place.reset()
+        for mean in self.inputs.values():
+            mean.total.zero_()
+            mean.count.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers, as references. Each data-parallel process has its own."""
         groups = {name: [place.state_dict() for place in places] for name, places in self.groups.items()}
-        return {"batches": self.batches, "groups": groups}
+        inputs = {name: (mean.total, mean.count) for name, mean in self.inputs.items()}
+        return {"batches": self.batches, "groups": groups, "inputs": inputs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copies what :meth:`state_dict` gave.
@@ -682,12 +714,17 @@ class ActivationStatistics:
             ValueError: the state is that of other groups or options; nothing has been loaded.
         """
         self._same_groups({name: len(places) for name, places in state["groups"].items()})
+        inputs = state.get("inputs", {})
+        self._same_inputs(inputs)
         for name, places in self.groups.items():
             for own, theirs in zip(places, state["groups"][name], strict=True):
                 own._check(theirs)
         for name, places in self.groups.items():
             for own, theirs in zip(places, state["groups"][name], strict=True):
                 own.load_state_dict(theirs)
+        for name, mean in self.inputs.items():
+            mean.total.copy_(inputs[name][0])
+            mean.count.copy_(inputs[name][1])
         self.batches = int(state["batches"])
 
     def _same_groups(self, other: dict[str, int]) -> None:
@@ -695,6 +732,18 @@ class ActivationStatistics:
         if other != own:
             differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
             raise ValueError(f"the statistics are of other groups or places; they differ in {differing[:5]}")
+
+    def _same_inputs(self, other: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        own, theirs = (
+            {name: tuple(total.shape) for name, total in sums.items()}
+            for sums in (
+                {name: mean.total for name, mean in self.inputs.items()},
+                {name: total for name, (total, _) in other.items()},
+            )
+        )
+        if own != theirs:
+            differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+            raise ValueError(f"the mean inputs are of other layers or sizes; they differ in {differing[:5]}")
 
 
 class _Hook:
@@ -705,7 +754,8 @@ class _Hook:
         self.action = action
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        if not torch.compiler.is_exporting():
+        # Not is_exporting(), which torch.compile of torch 2.8 takes for True.
+        if not torch.compiler._is_exporting_flag:
             self._run(module, *args)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -758,7 +808,7 @@ def _observe(
 ) -> None:
     if not statistics._recording:
         return
-    activation = args[-1] if where == "output" else (*args[0], *args[1].values())[0]
+    activation = args[-1] if where == "output" else _first_argument(*args)
     if isinstance(activation, FakeTensor):
         return
     if not isinstance(activation, Tensor):
@@ -771,3 +821,13 @@ def _observe(
                 statistics.groups[group][i].add(responses, units, statistics.labels)
     except (TypeError, ValueError) as error:
         raise type(error)(f"no statistics of the {where} of {name!r}: {error}") from error
+
+
+def _observe_mean(name: str, statistics: ActivationStatistics, module: nn.Module, *args: Any) -> None:
+    activation = _first_argument(*args)
+    if statistics._recording and isinstance(activation, Tensor) and not isinstance(activation, FakeTensor):
+        statistics.inputs[name].update(module, activation)
+
+
+def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return (*args, *kwargs.values())[0]
