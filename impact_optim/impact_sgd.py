@@ -688,44 +688,25 @@ class ImpactSGD(Optimizer):
         index = self._index()
         scores: dict[Tensor, Tensor] = {}
         expected: dict[Tensor, Tensor] = {}
-        groups: list[dict[str, Any]] = []
+        groups = []
         for group in self.param_groups:
-            for members in self._simplexes(group):
-                at = [k for k, p in enumerate(members) if chosen is None or any(p is other for other in chosen)]
-                if not at:
-                    continue
-                if by == "importance" and not self._is_joined(members, index):
-                    raise ValueError(
-                        f"{self._name(members[at[0]])} has no importances"
-                        + (
-                            ' with importance="uniform"'
-                            if group["importance"] == "uniform"
-                            else " before the first step"
-                        )
-                        + "; choose by='magnitude'"
-                    )
-                groups.append(group)
-                w = self._importances(members, index) if by == "importance" else []
+            simplexes = self._simplexes(group)
+            if not any(chosen is None or _contains(chosen, p) for members in simplexes for p in members):
+                continue
+            groups.append(group)
+            for members in simplexes:
                 budget = self._budget(members, group, index) if group["drop_rate"] > 0 else None
-                for k in at:
-                    p = members[k]
+                for k, p in enumerate(members):
                     keep = None if budget is None else budget.keep_probability(k)
-                    if by == "importance":
-                        score = w[k]
-                    else:
-                        score = p.detach().float().abs()
-                        if by == "expected" and keep is not None:
-                            score = score * keep
-                    if "pruned" in self.state.get(p, {}):
-                        score = score.masked_fill(self.state[p]["pruned"], -math.inf)
-                    scores[p] = score
                     if keep is not None and group["rescale"] == "none":
-                        expected[p] = keep
+                        expected[p] = keep  # of what is not chosen, too: nothing of the group is dropped any more
+                    if chosen is None or _contains(chosen, p):
+                        scores[p] = self._score(p, by, members, keep, index)
         masks = self._kept(scores, sparsity if pattern is None else pattern, scope)
 
+        for p, keep in expected.items():
+            p.mul_(keep.to(p.dtype))
         for p, mask in masks.items():
-            if p in expected:
-                p.mul_(expected[p].to(p.dtype))
             self.state[p]["pruned"] = ~mask
         self._hold_pruned()
         for group in self.param_groups:
@@ -739,6 +720,27 @@ class ImpactSGD(Optimizer):
         self._new_levels = []
         self._masking.end_step()
         return SparsityReport([SparseTensor(self._name(p), mask, int(mask.sum())) for p, mask in masks.items()])
+
+    def _score(
+        self, p: Tensor, by: str, members: list[Tensor], keep: Tensor | None, index: dict[Tensor, int]
+    ) -> Tensor:
+        """What decides whether a weight is kept; -inf for one that is pruned already."""
+        if by == "importance":
+            if not self._is_joined(members, index):
+                why = (
+                    'with importance="uniform"'
+                    if self._find(p)[0]["importance"] == "uniform"
+                    else "before the first step"
+                )
+                raise ValueError(f"{self._name(p)} has no importances {why}; choose by='magnitude'")
+            score = self.importance(p)
+        else:
+            score = p.detach().float().abs()
+            if by == "expected" and keep is not None:
+                score = score * keep
+        if "pruned" in self.state.get(p, {}):
+            score = score.masked_fill(self.state[p]["pruned"], -math.inf)
+        return score
 
     def _kept(
         self, scores: dict[Tensor, Tensor], sparsity: float | str | tuple[int, int], scope: str
@@ -1778,6 +1780,10 @@ def _check_options(options: dict[str, Any]) -> None:
         raise RuntimeError("`foreach` does not support `differentiable`; leave one of the two out")
     if type(options["seed"]) is not int or not 0 <= options["seed"] < 2**63:
         raise ValueError(f"Invalid seed: {options['seed']!r}; it must be an integer in [0, 2**63)")
+
+
+def _contains(tensors: list[Tensor], tensor: Tensor) -> bool:
+    return any(tensor is other for other in tensors)  # tensors compare element by element
 
 
 def _is_number(value: Any) -> bool:

@@ -199,6 +199,16 @@ def test_unscaled_masks_leave_the_expected_network(rate):
         assert all((p == 0).sum() in (0, p.numel() - (p != 0).sum()) for p in model.parameters())
 
 
+def test_unscaled_weights_that_are_not_chosen_become_the_expected_ones_too():
+    model = make_model()
+    optimizer = ImpactSGD(model, **OPTIONS, drop_rate=0.5, rescale="none")
+    train(model, optimizer, 10)
+    with optimizer.expected():
+        expected = model[0].weight.detach().clone()
+    optimizer.sparsify(0.5, params=[model[2].weight])
+    torch.testing.assert_close(model[0].weight, expected)
+
+
 def test_a_ramp_of_the_drop_rate_loses_nothing_at_the_cut():
     """Where π has come to 0 and 1, the network that is kept is the one that was trained."""
     model = make_model()

@@ -93,8 +93,8 @@ TASKS = {
 # ------------------------------------------------------------------------------- the questions
 
 BASELINES = [
-    Arm("SGD", "baseline"),
-    Arm("AdamW", "adamw", lrs=(3e-4, 1e-3, 3e-3, 1e-2)),
+    Arm("SGD", "baseline", lrs=(0.02, 0.05, 0.1, 0.2, 0.4)),
+    Arm("AdamW", "adamw", lrs=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
 ]
 
 
