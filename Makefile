@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow lint clean
 
-# Learning rates are those that `benchmarks/claim.py --data digits` found on a validation split.
+# Learning rates are those that the study (benchmarks/study) found on a validation split.
 demo: $(VENV)/ready  ## the study's arms, then networks cut in training: 3 seeds, under 3 minutes; runs/demo, runs/demo-pruned
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --drop-rate 0.3 --threads 1 --out runs/demo \
 		--arms baseline dropconnect impacts impacts+regularization fisher \

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from plan import QUESTIONS, TASKS, TEST_SEEDS, Arm, Task
 from run import key, load_results, settings_of, tuned
 
-from impact_optim.experiments.results import early_epoch
+from impact_optim.experiments.results import early_epoch, spread
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
@@ -83,9 +83,8 @@ def seconds(run: dict[str, Any]) -> float:
     return run["seconds"]
 
 
-def spread(runs: Runs, measure: Measure, digits: int = 1) -> str:
-    values = [measure(run) for run in runs]
-    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+def shown(runs: Runs, measure: Measure, digits: int = 1) -> str:
+    return f"{spread(map(measure, runs)):.{digits}f}"
 
 
 def difference(runs: Runs, reference: Runs, measure: Measure) -> tuple[float, float]:
@@ -126,7 +125,7 @@ def compared(
         for task in tasks:
             runs, base = runs_of(task, arm), reference(task)
             row += [
-                spread(runs, measure),
+                shown(runs, measure),
                 "" if arm == base else signed(*difference(runs, runs_of(task, base), measure)),
             ]
         table.append(row)
@@ -204,7 +203,7 @@ def sparse_levels() -> str:
     found = sparsities()
     table = [["arm", *(f"{100 * float(s):g}%" for s in found)]]
     for i, arm in enumerate(arms_of("sparse-0.9")):
-        table.append([arm.name, *(spread(runs_of(task, arms_of(f"sparse-{s}")[i]), final) for s in found)])
+        table.append([arm.name, *(shown(runs_of(task, arms_of(f"sparse-{s}")[i]), final) for s in found)])
     return markdown(table)
 
 
@@ -215,7 +214,7 @@ def gaps() -> str:
         row = [name]
         for task in tasks:
             runs = runs_of(task, arm)
-            row += [spread(runs, accuracy_gap), spread(runs, loss_gap, 2)]
+            row += [shown(runs, accuracy_gap), shown(runs, loss_gap, 2)]
         table.append(row)
     return markdown(table)
 
@@ -224,7 +223,7 @@ def times() -> str:
     tasks = tasks_of("baselines", "equal-0.3")
     table = [["arm", *(TITLES[task.name] for task in tasks)]]
     for name, arm in [("SGD", arms_of("baselines")[0]), *named("equal-0.3")]:
-        table.append([name, *(spread(runs_of(task, arm), seconds) for task in tasks)])
+        table.append([name, *(shown(runs_of(task, arm), seconds) for task in tasks)])
     return markdown(table)
 
 

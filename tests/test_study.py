@@ -1,0 +1,112 @@
+"""The study's program: its peers are what they are said to be, and the page of results says what the runs say."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+STUDY = Path(__file__).parent.parent / "benchmarks" / "study"
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def study():
+    sys.path.insert(0, str(STUDY))
+    yield
+    sys.path.remove(str(STUDY))
+
+
+def test_rigl_keeps_its_sparsity_and_moves_its_connections():
+    from peers import RigL
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+    optimizer = RigL(model, sparsity=0.8, steps=40, seed=0, every=10, lr=0.1, momentum=0.9)
+    weights = [model[0].weight, model[2].weight]
+    first = [w != 0 for w in weights]
+    counts = [int(mask.sum()) for mask in optimizer._masks.values()]
+    assert sum(counts) == pytest.approx(0.2 * sum(w.numel() for w in weights), abs=2)
+    assert counts[1] / weights[1].numel() > counts[0] / weights[0].numel()  # the smaller tensor is denser
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(torch.randn(16, 20)).square().mean().backward()
+        optimizer.step()
+        assert [int(mask.sum()) for mask in optimizer._masks.values()] == counts
+        for w, mask in optimizer._masks.items():
+            assert not w[~mask].any()
+    assert any(not torch.equal(mask, now) for mask, now in zip(first, optimizer._masks.values(), strict=True))
+
+
+def test_densities_meet_the_total_and_stay_below_one():
+    from peers import erk_densities
+
+    weights = [torch.zeros(shape) for shape in ((100, 100), (10, 100), (3, 2))]
+    densities = erk_densities(weights, 0.3)
+    assert max(densities) <= 1
+    kept = sum(d * w.numel() for d, w in zip(densities, weights, strict=True))
+    assert kept == pytest.approx(0.3 * sum(w.numel() for w in weights))
+
+
+def test_the_control_has_the_signals_values_on_other_weights():
+    from peers import shuffled_fisher
+
+    from impact_optim.signals import fisher
+
+    grad = torch.randn(4, 6)
+    h, control = fisher(grad, grad, None, 0.1), shuffled_fisher(grad, grad, None, 0.1)
+    assert torch.equal(control.flatten().sort().values, h.flatten().sort().values)
+    assert not torch.equal(control, h)
+
+
+def test_a_cell_is_tuned_on_validation_and_tested_with_fresh_seeds():
+    import plan
+    import run
+
+    task = replace(plan.DIGITS, epochs=1, lrs=(0.05, 0.1), drop_rates=(0.1,), tuning_seeds=(0,))
+    arm = plan.BEST[0]
+    results = {}
+    for lr, accuracy in ((0.05, 0.4), (0.1, 0.6)):
+        assert run.tuned(task, arm, results) is None
+        settings = run.settings_of(task, arm, lr, 0.1, "validation", 0)
+        results[run.key(settings)] = {"settings": settings, "accuracy": [accuracy]}
+    assert run.tuned(task, arm, results) == (0.1, 0.1)
+    assert not set(plan.TEST_SEEDS) & set(plan.TUNING_SEEDS)
+
+
+def test_a_run_says_all_that_it_depends_on_and_repeats():
+    import plan
+    import run
+
+    task = replace(plan.DIGITS, epochs=2, subset=200)
+    settings = run.settings_of(task, plan.sparse(0.9)[1], 0.1, 0.0, "validation", 0)
+    lines = [run.run(settings) for _ in range(2)]
+    for line in lines:
+        assert json.loads(json.dumps(line)) == line
+        line.pop("seconds")
+    assert lines[0] == lines[1]
+    assert lines[0]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert len(lines[0]["accuracy"]) == 2
+
+
+def test_a_network_that_would_be_dead_counts_as_chance():
+    import plan
+    import run
+
+    task = replace(plan.DIGITS, epochs=3, subset=200)
+    arm = replace(plan.sparse(0.9)[1], sparsity=0.9999)
+    line = run.run(run.settings_of(task, arm, 0.1, 0.0, "validation", 0))
+    assert line["accuracy"][-1] == 0.1
+    assert "would leave nothing of" in line["note"]
+
+
+def test_the_page_has_the_tables_that_the_runs_make():
+    import report
+
+    assert report.RESULTS, "benchmarks/study/results.jsonl is missing"
+    page = report.PAGE.read_text()
+    assert page.count("<!-- table ") == len(report.TABLES)
+    assert report.filled(page) == page
