@@ -25,7 +25,8 @@ class DropRateScheduler:
     the drop rate to 0: no more :meth:`step` from there on.
 
     Like a learning rate scheduler it sets the first rate when it is made, and :meth:`step` the next one; call that
-    after ``optimizer.step()``, or after each epoch. Every change is a new budget whose level is solved for, so that a
+    after ``optimizer.step()``, or after each epoch. On resuming, make the schedule first and load the optimizer's state
+    then: that has the rate. Every change is a new budget whose level is solved for, so that a
     step per epoch, or per hundred steps, is cheaper than one per step.
 
     Args:
@@ -115,7 +116,7 @@ def _per_group(name: str, value: float | Sequence[float], groups: list[dict[str,
     for rate, group in zip(rates, groups, strict=True):
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"Invalid {name}: {rate}; a drop rate must lie in [0, 1)")
-        if rate > 0 and group["keep_floor"] > 1.0 - rate:
+        if rate > 0 and group["keep_floor"] > 1.0 - rate + 1e-9:
             raise ValueError(
                 f"{name}={rate} keeps {1 - rate:.6g} of the weights, less than the keep_floor={group['keep_floor']} of "
                 "their group; lower one of the two"

@@ -52,6 +52,10 @@ _IMPORTANCE_STATE = (*_FLOAT32_STATE, "water_target", "simplex_id")
 _KEPT_AS_SAVED = {**dict.fromkeys(_FLOAT32_STATE, torch.float32), "pruned": torch.bool}
 _NEEDS_DIRECTION = ("hypergradient", "lookahead")
 _SPARSIFY_BY = ("importance", "expected", "magnitude")
+_SCALED_AND_SPARSE = (
+    "scale_steps and sparsify() exclude each other: importances average to 1 over all weights, so that the steps of "
+    "the few that are left would become many times as long. Set group['scale_steps'] = False first"
+)
 _SPARSIFY_SCOPES = ("global", "tensor")
 
 
@@ -526,6 +530,7 @@ class ImpactSGD(Optimizer):
                 self._store_simplexes(simplexes)
 
         if judged:
+            self._hold_pruned()  # the network that is judged is the sparse one
             with torch.enable_grad():
                 closure()  # type: ignore[misc]
             self._check_gradients()
@@ -572,6 +577,8 @@ class ImpactSGD(Optimizer):
                         f"ImpactSGD does not support sparse gradients: that of {self._name(p)} is sparse. Build the "
                         "embedding with sparse=False, or give it to torch.optim.SGD or SparseAdam"
                     )
+                if group["scale_steps"] and "pruned" in self.state.get(p, {}):
+                    raise RuntimeError(_SCALED_AND_SPARSE)
                 if group["fused"] and not p.is_contiguous():
                     _check_dense(p, self._name(p))
                 is_masked = group["drop_rate"] > 0 and p.dim() >= 2 and p.numel() > 0 and p.requires_grad
@@ -650,12 +657,12 @@ class ImpactSGD(Optimizer):
     ) -> SparsityReport:
         r"""Keeps the weights that matter most and makes the others zero for good.
 
-        They stay zero under momentum, weight decay, :meth:`load_state_dict` and cuts of an ``ActivationPruner``; every
-        step sees to it. Nothing is dropped any more: the ``drop_rate`` of the groups is set to 0, so that training can
-        go on with what is left, and dense is what one evaluates. (With a drop rate set anew, what is pruned counts as
-        dropped and goes first.) With ``rescale="none"`` the weights that are kept become x ⊙ π, the ones of
-        :meth:`expected`. Call it between two steps; masks that a forward pass has seen are forgotten. A second call
-        keeps what is pruned.
+        They stay zero under momentum and weight decay, in a checkpoint made from here on, and in cuts of an
+        ``ActivationPruner``; every step sees to it. Nothing is dropped any more: the ``drop_rate`` of the groups is set
+        to 0, so that training can go on with what is left, and dense is what one evaluates. (With a drop rate set anew,
+        what is pruned counts as dropped and goes first.) With ``rescale="none"`` the weights of these groups become
+        x ⊙ π, those of :meth:`expected`. Call it between two steps; masks that a forward pass has seen are forgotten. A
+        second call keeps what is pruned.
 
         Args:
             sparsity: the share of weights that are zero afterwards, in [0, 1); or a pattern such as ``"2:4"``, which
@@ -668,8 +675,8 @@ class ImpactSGD(Optimizer):
             What is left of each tensor, with its mask; prints as a table.
 
         Raises:
-            ValueError: an argument is out of range, a tensor has no importances, or nothing would be left of one.
-                Nothing has changed then.
+            ValueError: an argument is out of range, a tensor has no importances, nothing would be left of one, or steps
+                are scaled by importances, which would grow where few weights are left. Nothing has changed then.
             RuntimeError: inside a scope of :meth:`masked` or :meth:`expected`.
         """
         if self._masking.in_scope:
@@ -693,6 +700,8 @@ class ImpactSGD(Optimizer):
             simplexes = self._simplexes(group)
             if not any(chosen is None or _contains(chosen, p) for members in simplexes for p in members):
                 continue
+            if group["scale_steps"]:
+                raise ValueError(_SCALED_AND_SPARSE)
             groups.append(group)
             for members in simplexes:
                 budget = self._budget(members, group, index) if group["drop_rate"] > 0 else None
@@ -704,6 +713,10 @@ class ImpactSGD(Optimizer):
                         scores[p] = self._score(p, by, members, keep, index)
         masks = self._kept(scores, sparsity if pattern is None else pattern, scope)
 
+        for group in self.param_groups:
+            for members in self._simplexes(group):
+                if not masks.keys().isdisjoint(members) and any("log_importance" in self.state[q] for q in members):
+                    self._join(members, index)  # they may have been cut, frozen or added since the last step
         for p, keep in expected.items():
             p.mul_(keep.to(p.dtype))
         for p, mask in masks.items():
@@ -726,7 +739,7 @@ class ImpactSGD(Optimizer):
     ) -> Tensor:
         """What decides whether a weight is kept; -inf for one that is pruned already."""
         if by == "importance":
-            if not self._is_joined(members, index):
+            if not any("log_importance" in self.state.get(q, {}) for q in members):
                 why = (
                     'with importance="uniform"'
                     if self._find(p)[0]["importance"] == "uniform"

@@ -398,7 +398,8 @@ def numbers(results):
         ("saliency", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.8)),
         ("gradual-magnitude", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.8)),
         ("dropconnect", Recipe(epochs=3, batch=40, width=16, final_sparsity=0.8)),
-        ("magnitude", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.6, prune=Pruning({1: 0.3}, "l1"))),
+        ("magnitude", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.6, prune=Pruning({3: 0.3}, "l1"))),
+        ("gradual-magnitude", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.6, prune=Pruning({2: 0.3}))),
     ],
 )
 def test_a_killed_run_ends_with_the_numbers_of_one_left_alone(arm, recipe, digits, tmp_path):
@@ -875,6 +876,9 @@ def test_ctrl_c_before_the_first_run_has_ended(tmp_path, capsys, monkeypatch):
         (["--final-sparsity", "1"], "--final-sparsity must lie in (0, 1)"),
         (["--final-sparsity", "0.9", "--epochs", "1"], "--final-sparsity needs two epochs"),
         (["--final-sparsity", "0.9", "--arms", "adamw"], "adamw cannot be made sparse"),
+        (["--final-sparsity", "0.9", "--arms", "drop-important"], "arm drop-important cannot be made sparse"),
+        (["--final-sparsity", "0.995", "--arms", "fisher"], "arm fisher: target=0.995 keeps 0.005"),
+        (["--final-sparsity", "0.9", "--prune", "31:0.2"], "let it cut after epoch 30 at the latest"),
     ],
 )
 def test_errors_of_the_user_are_one_line_and_leave_no_folder(arguments, message, tmp_path, capsys):
@@ -921,11 +925,16 @@ def test_the_whole_program_makes_sparse(tmp_path, capsys):
 
 
 def test_a_layer_that_would_be_lost_is_named_and_the_other_arms_are_reported(tmp_path, capsys):
-    command = [*SMALL, "--final-sparsity", "0.998", "--set", "keep_floor=0.001", "--out", str(tmp_path)]
-    assert cli.main([*command, "--seeds", "1", "--arms", "saliency"]) == 2
+    # Initialised by its many inputs, the first layer has the smallest weights.
+    command = [*SMALL, "--final-sparsity", "0.9", "--out", str(tmp_path)]
+    assert cli.main([*command, "--seeds", "1", "--arms", "gradual-magnitude"]) == 2
     shown = capsys.readouterr()
-    assert re.search(r"error: arm saliency: sparsity=0.998 would leave nothing of \w+\.weight", shown.err)
+    assert re.search(
+        r"error: arm gradual-magnitude, seed 0: .*sparsity=0.9 would leave nothing of hidden1\.weight", shown.err
+    )
     assert "no run has finished yet" in shown.out
+    assert cli.main([*command, "--seeds", "1", "--arms", "gradual-magnitude", "fisher"]) == 2
+    assert "| fisher |" in capsys.readouterr().out
 
 
 def test_schedules_are_read():

@@ -134,7 +134,6 @@ def test_the_number_of_zeros_is_what_was_asked_and_the_best_are_left(by, scope, 
         pytest.param({"foreach": True}, id="foreach"),
         FUSED,
         {"nesterov": True},
-        {"scale_steps": True},
         {"momentum": 0.0, "importance": "hypergradient"},
     ],
 )
@@ -428,6 +427,73 @@ def test_bad_input_changes_nothing(arguments, message):
     with pytest.raises(ValueError, match=message):
         optimizer.sparsify(**arguments)
     assert_same(before, everything(model, optimizer))
+
+
+def test_scaled_steps_are_refused_before_and_after():
+    model = make_model()
+    optimizer = ImpactSGD(model, **OPTIONS, drop_rate=0.3, scale_steps=True)
+    train(model, optimizer)
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match="scale_steps and sparsify"):
+        optimizer.sparsify(0.5)
+    assert_same(before, everything(model, optimizer))
+    optimizer.param_groups[0]["scale_steps"] = False
+    optimizer.sparsify(0.5)
+    optimizer.param_groups[0]["scale_steps"] = True
+    with pytest.raises(RuntimeError, match="scale_steps and sparsify"):
+        train(model, optimizer)
+
+
+def freeze(model, optimizer):
+    model[0].weight.requires_grad_(False)
+
+
+def unfreeze(model, optimizer):
+    model[2].weight.requires_grad_(True)
+
+
+def cut(model, optimizer):
+    ActivationPruner(model, torch.randn(2, 12), {1: 0.5}, criterion="l1", optimizer=optimizer).step()
+
+
+@pytest.mark.parametrize("change", [freeze, unfreeze, cut])
+@pytest.mark.parametrize("simplex", ["group", "tensor"])
+def test_right_after_the_members_of_a_simplex_have_changed(change, simplex):
+    model = make_model()
+    model[2].weight.requires_grad_(change is not unfreeze)
+    optimizer = ImpactSGD(model, **OPTIONS, drop_rate=0.3, simplex=simplex)
+    train(model, optimizer)
+    change(model, optimizer)
+    if change is unfreeze and simplex == "tensor":
+        with pytest.raises(ValueError, match=r"2\.weight has no importances before the first step"):
+            optimizer.sparsify(0.5)
+        return
+    report = optimizer.sparsify(0.5)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    train(model, optimizer)
+    for p, mask in zip((model[0].weight, model[2].weight), zeros(model), strict=True):
+        if "pruned" in optimizer.state[p]:
+            assert torch.equal(mask, optimizer.state[p]["pruned"])
+
+
+def test_lookahead_judges_the_sparse_network():
+    model = make_model()
+    optimizer = ImpactSGD(model, **OPTIONS, drop_rate=0.3, importance="lookahead")
+    seen = []
+
+    def closure():
+        seen.append((model[0].weight == 0).sum().item())
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 12)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.sparsify(0.5, scope="tensor")
+    del seen[:]
+    for _ in range(2):
+        optimizer.step(closure)
+    assert seen == [192] * 4
 
 
 def test_importances_must_be_there():

@@ -54,14 +54,15 @@ class RigL(torch.optim.SGD):
         count = min(int(share * int(mask.sum())), int((~mask).sum()))
         if p.grad is None or count == 0:
             return
-        free = ~mask.flatten()
+        old = mask.clone()
         smallest = p.abs().masked_fill(~mask, math.inf).flatten().topk(count, largest=False).indices
-        largest = p.grad.abs().flatten().masked_fill(~free, -1.0).topk(count).indices
         mask.view(-1)[smallest] = False
+        # What has just gone may come back, as it was.
+        largest = p.grad.abs().masked_fill(mask, -1.0).flatten().topk(count).indices
         mask.view(-1)[largest] = True
-        p.mul_(mask)
+        p.mul_(mask & old)
         if (buffer := self.state.get(p, {}).get("momentum_buffer")) is not None:
-            buffer.mul_(mask).view(-1)[largest] = 0.0
+            buffer.mul_(mask & old)
 
 
 def erk_densities(weights: list[Tensor], density: float) -> list[float]:

@@ -63,6 +63,7 @@ FASHION_5K = Task(
     batch=100,
     subset=5000,
     precision="bfloat16",
+    lrs=(0.02, 0.05, 0.1, 0.2),
     drop_rates=(0.1, 0.3),
     tuning_seeds=(0,),
 )
@@ -102,7 +103,7 @@ def at_rate(rate: float) -> list[Arm]:
     """Arms that drop as many weights as each other."""
     fixed = {"drop_rates": (rate,)}
     return [
-        Arm("uniform", "dropconnect", **fixed),
+        Arm("uniform", "dropconnect", **fixed, lrs=(0.02, 0.05, 0.1, 0.2, 0.4)),  # the reference
         Arm("impacts", "impacts", **fixed),
         Arm("impacts + KL", "impacts+regularization", **fixed),
         Arm("saliency", "saliency", **fixed),

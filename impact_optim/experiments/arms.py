@@ -95,6 +95,11 @@ def arm_options(
     if to_be_sparse:
         if ADAMW in options:
             raise ValueError(f"arm {ADAMW} cannot be made sparse: leave it or the final sparsity out")
+        for arm in arms:  # the ramp would drop what it then keeps
+            if options[arm].get("drop") == "important" or options[arm].get("scale_steps"):
+                raise ValueError(
+                    f"arm {arm} cannot be made sparse: it drops the important or scales steps; leave it out"
+                )
         if BASELINE in options:  # the same trajectory, of an optimizer that can
             options[BASELINE].update(ARMS[GRADUAL])
     for arm in arms:  # a wrong value shows now, not after the arms before it have trained

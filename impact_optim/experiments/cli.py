@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..impact_sgd import ImpactSGD
 from ..pruning.criteria import CRITERIA, SPLITS
-from .arms import ADAMW, ARMS, BASELINE, DEFAULT_ARMS, GRADUAL, SETTABLE, arm_options
+from .arms import ADAMW, ARMS, BASELINE, DEFAULT_ARMS, GRADUAL, SETTABLE, arm_options, build_optimizer
 from .data import DATA, Data, batch_count, load_data
 from .models import MODELS, build_model
 from .pruning import PrunedNetwork, Pruning, build_pruner, format_pruned_table, parse_schedule
 from .results import Line, ResultsFolder, format_table, runs_of, summarise
-from .sparse import RAMP, CannotBeSparse, mean_densities
+from .sparse import RAMP, CannotBeSparse, SparseFinish, mean_densities, ramp_epochs
 from .training import DROP_SCHEDULES, PRECISIONS, SCHEDULES, Recipe, train
 
 PROGRAM = "impact-optim"
@@ -56,13 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     with closing(study.results):
         try:
-            _train_all(study)
+            if not _train_all(study):
+                status = 2
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             status = INTERRUPTED
-        except CannotBeSparse as error:
-            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-            status = 2
         _report(study)
     return status
 
@@ -219,6 +218,14 @@ def _prepare(args: argparse.Namespace) -> Study:
     common = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "drop_rate")}
     to_be_sparse = recipe.final_sparsity is not None
     arms = arm_options(list(dict.fromkeys(args.arms)), common, args.set, to_be_sparse=to_be_sparse)
+    if recipe.final_sparsity is not None:
+        for arm, options in arms.items():  # what does not fit shows now
+            optimizer = build_optimizer(arm, nn.Linear(2, 2), options, seed=0)
+            assert isinstance(optimizer, ImpactSGD)
+            try:
+                SparseFinish(optimizer, arm, recipe.final_sparsity, recipe.epochs)
+            except ValueError as error:
+                raise ValueError(f"arm {arm}: {error}") from error
     progress = sys.stderr.isatty() if args.progress is None else args.progress
     if args.progress and not _has_tqdm():
         raise ImportError("--progress needs tqdm, which is not installed: pip install tqdm")
@@ -250,6 +257,11 @@ def _check_pruning(
 ) -> None:
     if max(prune.schedule) > recipe.epochs:
         raise ValueError(f"--prune cuts after epoch {max(prune.schedule)}, but there are {recipe.epochs} epochs")
+    if recipe.final_sparsity is not None and max(prune.schedule) > (ramp := ramp_epochs(recipe.epochs)):
+        raise ValueError(
+            f"--prune cuts after epoch {max(prune.schedule)}, when the weights have come to their --final-sparsity, "
+            f"which would change: let it cut after epoch {ramp} at the latest"
+        )
     without = [arm for arm, options in arms.items() if options.get("importance", "uniform") == "uniform"]
     if prune.criterion == "importance" and without:
         raise ValueError(
@@ -279,24 +291,31 @@ def _positive(text: str) -> int:
 # ------------------------------------------------------------------------------- training
 
 
-def _train_all(study: Study) -> None:
-    """Trains what is not finished, seed by seed, so that all arms can be compared early."""
+def _train_all(study: Study) -> bool:
+    """Trains what is not finished, seed by seed, so that all arms can be compared early; says whether all could be."""
+    succeeded = True
     with _Progress(study) as progress:
         for seed in study.seeds:
             for arm, options in study.arms.items():
                 if not study.results.finished(arm, seed):
                     progress.start(arm, seed)
-                    train(
-                        arm,
-                        seed,
-                        options,
-                        study.recipe,
-                        study.data,
-                        study.results,
-                        on_batch=progress.on_batch,
-                        on_epoch=progress.on_epoch,
-                    )
+                    try:
+                        train(
+                            arm,
+                            seed,
+                            options,
+                            study.recipe,
+                            study.data,
+                            study.results,
+                            on_batch=progress.on_batch,
+                            on_epoch=progress.on_epoch,
+                        )
+                    except CannotBeSparse as error:
+                        print(f"{PROGRAM}: error: arm {arm}, seed {seed}: {error}", file=sys.stderr)
+                        succeeded = False
+                        continue
                     progress.finish(arm, seed)
+    return succeeded
 
 
 class _Progress:

@@ -19,6 +19,11 @@ class CannotBeSparse(ValueError):
     """A run whose weights cannot be made as sparse as was asked: nothing would be left of a layer."""
 
 
+def ramp_epochs(epochs: int) -> int:
+    """After how many epochs a network is sparse."""
+    return max(1, min(round(RAMP * epochs), epochs - 1))
+
+
 class SparseFinish:
     """Makes a network sparse in one training run, the way of its arm.
 
@@ -34,8 +39,8 @@ class SparseFinish:
     """
 
     def __init__(self, optimizer: ImpactSGD, arm: str, sparsity: float, epochs: int) -> None:
-        self._optimizer, self._arm, self._sparsity, self._epochs = optimizer, arm, sparsity, epochs
-        self._ramp = max(1, min(round(RAMP * epochs), epochs - 1))
+        self._optimizer, self._sparsity, self._epochs = optimizer, sparsity, epochs
+        self._ramp = ramp_epochs(epochs)
         options = optimizer.defaults
         self._is_gradual = arm == GRADUAL
         self._scheduler = None
@@ -51,7 +56,9 @@ class SparseFinish:
         if self._scheduler is not None and epoch == self._ramp:
             self._sparsify(self._sparsity, by="importance")
         if self._is_gradual and 0 < epoch <= self._ramp:
-            self._sparsify(self._sparsity * (1 - (1 - epoch / self._ramp) ** 3), by="magnitude")
+            share = self._sparsity * (1 - (1 - epoch / self._ramp) ** 3)
+            # A cut of units may have left a larger share of zeros, which do not come back.
+            self._sparsify(max(share, self._pruned_share()), by="magnitude")
 
     def after(self, epoch: int) -> None:
         """What comes after it."""
@@ -70,11 +77,16 @@ class SparseFinish:
         """
         self._sparsify(self._sparsity, by="magnitude")
 
+    def _pruned_share(self) -> float:
+        weights = [p for group in self._optimizer.param_groups for p in group["params"] if p.dim() >= 2]
+        pruned = [state["pruned"] for p in weights if "pruned" in (state := self._optimizer.state.get(p, {}))]
+        return sum(int(mask.sum()) for mask in pruned) / sum(p.numel() for p in weights)
+
     def _sparsify(self, sparsity: float, by: str) -> None:
         try:
             self._optimizer.sparsify(sparsity, by=by)
         except ValueError as error:
-            raise CannotBeSparse(f"arm {self._arm}: {error}") from error
+            raise CannotBeSparse(f"the weights cannot be made this sparse: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._scheduler is None else self._scheduler.state_dict()
