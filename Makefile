@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint clean
 
 # Learning rates are those that the study (benchmarks/study) found on a validation split.
-demo: $(VENV)/ready  ## the study's arms, then networks cut in training: 3 seeds, under 3 minutes; runs/demo, runs/demo-pruned
+demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones: 3 seeds, under 3 minutes; runs/demo*
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --drop-rate 0.3 --threads 1 --out runs/demo \
 		--arms baseline dropconnect impacts impacts+regularization fisher \
 		--lr 0.1 --set baseline.lr=0.05 --set impacts.lr=0.05 --set fisher.lr=0.2
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --model cnn --epochs 20 --threads 1 \
 		--out runs/demo-pruned --arms baseline fisher --prune 8:0.3,14:0.5 --prune-target macs
+	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --lr 0.2 --threads 1 --out runs/demo-sparse \
+		--arms baseline gradual-magnitude saliency --final-sparsity 0.9
 
 test: lint  ## linter, type checker and tests
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

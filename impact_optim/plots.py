@@ -330,7 +330,7 @@ def plot_sparsity(arms: Mapping[str, Mapping[str, float]], colors: Mapping[str, 
         >>> plot_sparsity({"saliency": {t.name: 1 - t.sparsity for t in report.tensors}})
     """
     from matplotlib import rc_context
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     names = [list(layers) for layers in arms.values()]
     if not names or any(layers != names[0] for layers in names):
@@ -343,7 +343,9 @@ def plot_sparsity(arms: Mapping[str, Mapping[str, float]], colors: Mapping[str, 
         for arm, layers in arms.items():
             ax.plot(list(layers.values()), rows, "o-", label=arm, color=colors[arm], markersize=4, linewidth=0.8)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_yticks(rows, names[0])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.set_xlabel("weights kept")
