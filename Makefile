@@ -12,8 +12,8 @@ demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones:
 		--lr 0.1 --set baseline.lr=0.05 --set impacts.lr=0.05 --set fisher.lr=0.2
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --model cnn --epochs 20 --threads 1 \
 		--out runs/demo-pruned --arms baseline fisher --prune 8:0.3,14:0.5 --prune-target macs
-	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --lr 0.2 --threads 1 --out runs/demo-sparse \
-		--arms baseline gradual-magnitude saliency --final-sparsity 0.9
+	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --lr 0.1 --threads 1 --out runs/demo-sparse \
+		--arms baseline gradual-magnitude saliency --set saliency.lr=0.2 --final-sparsity 0.9
 
 test: lint  ## linter, type checker and tests
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
