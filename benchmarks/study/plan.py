@@ -118,6 +118,7 @@ BEST = [
     Arm("uniform, decaying", "dropconnect", drop_rates=None, drop_schedule="linear"),
     Arm("fisher", "fisher", drop_rates=None),
     Arm("fisher, decaying", "fisher", drop_rates=None, drop_schedule="linear"),
+    Arm("saliency", "saliency", drop_rates=None),
     Arm("saliency, decaying", "saliency", drop_rates=None, drop_schedule="linear"),
     Arm("magnitude", "magnitude", drop_rates=None),
     Arm("magnitude, decaying", "magnitude", drop_rates=None, drop_schedule="linear"),
