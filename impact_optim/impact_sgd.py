@@ -84,7 +84,7 @@ class ImpactSGD(Optimizer):
         nesterov: bool = False,
         *,
         drop_rate: float = 0.1,
-        importance: str = "fisher",
+        importance: str = "saliency",
         importance_lr: float = 0.01,
         kl_weight: float = 10.0,
         simplex: str = "group",
@@ -1005,7 +1005,7 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         drop_rate (float, optional): expected share of the weights of a simplex that a mask drops, in [0, 1); with one
             simplex for the group, some tensors lose more than others (default: 0.1)
         importance (str, optional): the signal h, a name in :data:`impact_optim.SIGNALS`, or ``"uniform"`` for classic
-            DropConnect, which keeps no importances (default: ``"fisher"``)
+            DropConnect, which keeps no importances (default: ``"saliency"``)
         importance_lr (float, optional): η, step size of the mirror descent (default: 0.01)
         kl_weight (float, optional): λ, the temperature: a constant u leads to w ∝ exp(-u/λ); 0 lets one weight take
             everything (default: 10)

@@ -300,9 +300,9 @@ def test_takes_a_generator_and_named_parameters():
 def test_defaults_are_those_of_a_later_group():
     optimizer = ImpactSGD([nn.Parameter(torch.randn(2, 3))], lr=0.5, drop_rate=0.25)
     optimizer.defaults["drop_rate"] = 0.75
-    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2, 3))], "importance": "saliency"})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2, 3))], "importance": "fisher"})
     assert [g["drop_rate"] for g in optimizer.param_groups] == [0.25, 0.75]
-    assert [g["importance"] for g in optimizer.param_groups] == ["fisher", "saliency"]
+    assert [g["importance"] for g in optimizer.param_groups] == ["saliency", "fisher"]
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.5]
 
 
@@ -787,11 +787,11 @@ def test_state_dict_of_sgd_leaves_every_group_its_own_new_options():
     body, head = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 3))
     sgd = torch.optim.SGD([{"params": [body]}, {"params": [head]}], lr=0.1)
     optimizer = ImpactSGD(
-        [{"params": [body]}, {"params": [head], "drop_rate": 0.0, "importance": "saliency"}], drop_rate=0.3
+        [{"params": [body]}, {"params": [head], "drop_rate": 0.0, "importance": "fisher"}], drop_rate=0.3
     )
     optimizer.load_state_dict(sgd.state_dict())
     assert [g["drop_rate"] for g in optimizer.param_groups] == [0.3, 0.0]
-    assert [g["importance"] for g in optimizer.param_groups] == ["fisher", "saliency"]
+    assert [g["importance"] for g in optimizer.param_groups] == ["saliency", "fisher"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

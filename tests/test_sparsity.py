@@ -211,7 +211,7 @@ def test_unscaled_weights_that_are_not_chosen_become_the_expected_ones_too():
 def test_a_ramp_of_the_drop_rate_loses_nothing_at_the_cut():
     """Where π has come to 0 and 1, the network that is kept is the one that was trained."""
     model = make_model()
-    options = {**OPTIONS, "importance_lr": 0.5, "kl_weight": 0.0}
+    options = {**OPTIONS, "importance": "fisher", "importance_lr": 0.5, "kl_weight": 0.0}  # soon at their bounds
     optimizer = ImpactSGD(model, **options, rescale="none", keep_floor=0.0, drop_rate=0.8)
     train(model, optimizer, 60)
     x = torch.randn(50, 12)
