@@ -18,6 +18,7 @@ def study():
     sys.path.insert(0, str(STUDY))
     yield
     sys.path.remove(str(STUDY))
+    torch.set_flush_denormal(False)  # a run sets it, for its process
 
 
 def test_rigl_keeps_its_sparsity_and_moves_its_connections():
