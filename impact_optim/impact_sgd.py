@@ -279,19 +279,24 @@ class ImpactSGD(Optimizer):
         Raises:
             RuntimeError: nested.
         """
-        factors: dict[Tensor, Factor] = {}
-        index = self._index()
-        with torch.no_grad():
-            for group in self.param_groups:
-                for members in self._simplexes(group) if group["drop_rate"] > 0 else []:
-                    budget = self._budget(members, group, index)
-                    for k, p in enumerate(members):
-                        keep = budget.keep_probability(k)
-                        if group["rescale"] == "inverse":  # 1, but where the enlargement is capped
-                            keep = (keep / _smallest_divisor(group)).clamp_(max=1.0)
-                        factors[p] = Factor(keep.to(p.dtype), dense_grad=True)
-        with self._masking.substitute(factors):
+        shares = self._expected_shares(self.param_groups)
+        with self._masking.substitute({p: Factor(share, dense_grad=True) for p, share in shares.items()}):
             yield
+
+    @torch.no_grad()
+    def _expected_shares(self, groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
+        """What the weights of some groups are multiplied with in the mean of their masked versions."""
+        shares = {}
+        index = self._index()
+        for group in groups:
+            for members in self._simplexes(group) if group["drop_rate"] > 0 else []:
+                budget = self._budget(members, group, index)
+                for k, p in enumerate(members):
+                    keep = budget.keep_probability(k)
+                    if group["rescale"] == "inverse":  # 1, but where the enlargement is capped
+                        keep = (keep / _smallest_divisor(group)).clamp_(max=1.0)
+                    shares[p] = keep.to(p.dtype)
+        return shares
 
     @torch.no_grad()
     def _draw_factors(self, factors: dict[Tensor, Factor]) -> None:
@@ -660,8 +665,8 @@ class ImpactSGD(Optimizer):
         They stay zero under momentum and weight decay, in a checkpoint made from here on, and in cuts of an
         ``ActivationPruner``; every step sees to it. Nothing is dropped any more: the ``drop_rate`` of the groups is set
         to 0, so that training can go on with what is left, and dense is what one evaluates. (With a drop rate set anew,
-        what is pruned counts as dropped and goes first.) With ``rescale="none"`` the weights of these groups become
-        x ⊙ π, those of :meth:`expected`. Call it between two steps; masks that a forward pass has seen are forgotten. A
+        what is pruned counts as dropped and goes first.) The weights of these groups become those of :meth:`expected`,
+        with ``rescale="none"`` x ⊙ π. Call it between two steps; masks that a forward pass has seen are forgotten. A
         second call keeps what is pruned.
 
         Args:
@@ -677,6 +682,7 @@ class ImpactSGD(Optimizer):
         Raises:
             ValueError: an argument is out of range, a tensor has no importances, nothing would be left of one, or steps
                 are scaled by importances, which would grow where few weights are left. Nothing has changed then.
+            TypeError: something in ``params`` is no tensor.
             RuntimeError: inside a scope of :meth:`masked` or :meth:`expected`.
         """
         if self._masking.in_scope:
@@ -687,73 +693,64 @@ class ImpactSGD(Optimizer):
         if not isinstance(sparsity, str) and not (_is_number(sparsity) and 0.0 <= sparsity < 1.0):
             raise ValueError(f"Invalid sparsity: {sparsity}; it must lie in [0, 1), or be a pattern such as '2:4'")
         pattern = parse_pattern(sparsity) if isinstance(sparsity, str) else None
-        chosen = None if params is None else list(params)
+        chosen = None if params is None else set(params)
         for p in chosen or ():
             if not self._find(p)[1]:
                 raise ValueError(f"{self._name(p)} is never masked, and cannot be made sparse: leave it out of params")
 
         index = self._index()
         scores: dict[Tensor, Tensor] = {}
-        expected: dict[Tensor, Tensor] = {}
         groups = []
+        learnt = []
         for group in self.param_groups:
-            simplexes = self._simplexes(group)
-            if not any(chosen is None or _contains(chosen, p) for members in simplexes for p in members):
+            simplexes = [m for m in self._simplexes(group) if chosen is None or not chosen.isdisjoint(m)]
+            if not simplexes:
                 continue
             if group["scale_steps"]:
                 raise ValueError(_SCALED_AND_SPARSE)
             groups.append(group)
             for members in simplexes:
-                budget = self._budget(members, group, index) if group["drop_rate"] > 0 else None
-                for k, p in enumerate(members):
-                    keep = None if budget is None else budget.keep_probability(k)
-                    if keep is not None and group["rescale"] == "none":
-                        expected[p] = keep  # of what is not chosen, too: nothing of the group is dropped any more
-                    if chosen is None or _contains(chosen, p):
-                        scores[p] = self._score(p, by, members, keep, index)
+                if any("log_importance" in self.state.get(p, {}) for p in members):
+                    learnt.append(members)
+                elif by == "importance":
+                    why = "with" if group["importance"] == "uniform" else "before the first step, with"
+                    raise ValueError(
+                        f"{self._name(members[0])} has no importances {why} importance={group['importance']!r}; choose "
+                        "by='magnitude'"
+                    )
+                for p, score in zip(members, self._scores(members, group, by, index), strict=True):
+                    if chosen is None or p in chosen:
+                        pruned = self.state.get(p, {}).get("pruned")
+                        scores[p] = score if pruned is None else score.masked_fill(pruned, -math.inf)
         masks = self._kept(scores, sparsity if pattern is None else pattern, scope)
 
-        for group in self.param_groups:
-            for members in self._simplexes(group):
-                if not masks.keys().isdisjoint(members) and any("log_importance" in self.state[q] for q in members):
-                    self._join(members, index)  # they may have been cut, frozen or added since the last step
-        for p, keep in expected.items():
-            p.mul_(keep.to(p.dtype))
+        for members in learnt:
+            self._join(members, index)  # they may have been cut, frozen or added since the last step
+        # Of what is not chosen, too: nothing of these groups is dropped any more.
+        for p, share in self._expected_shares(groups).items():
+            p.mul_(share)
         for p, mask in masks.items():
             self.state[p]["pruned"] = ~mask
         self._hold_pruned()
-        for group in self.param_groups:
-            for members in self._simplexes(group):
-                if not masks.keys().isdisjoint(members) and self._is_joined(members, index):
-                    normalizer = log_mean_exp([self.state[p]["log_importance"] for p in members])
-                    for p in members:
-                        self.state[p].update(log_normalizer=normalizer, water_target=0.0)
+        for members in learnt:
+            normalizer = log_mean_exp([self.state[p]["log_importance"] for p in members])
+            for p in members:
+                self.state[p].update(log_normalizer=normalizer, water_target=0.0)
         for group in groups:
             group["drop_rate"] = 0.0
         self._new_levels = []
         self._masking.end_step()
         return SparsityReport([SparseTensor(self._name(p), mask, int(mask.sum())) for p, mask in masks.items()])
 
-    def _score(
-        self, p: Tensor, by: str, members: list[Tensor], keep: Tensor | None, index: dict[Tensor, int]
-    ) -> Tensor:
-        """What decides whether a weight is kept; -inf for one that is pruned already."""
+    def _scores(self, members: list[Tensor], group: dict[str, Any], by: str, index: dict[Tensor, int]) -> list[Tensor]:
+        """What decides whether the weights of a simplex are kept."""
         if by == "importance":
-            if not any("log_importance" in self.state.get(q, {}) for q in members):
-                why = (
-                    'with importance="uniform"'
-                    if self._find(p)[0]["importance"] == "uniform"
-                    else "before the first step"
-                )
-                raise ValueError(f"{self._name(p)} has no importances {why}; choose by='magnitude'")
-            score = self.importance(p)
-        else:
-            score = p.detach().float().abs()
-            if by == "expected" and keep is not None:
-                score = score * keep
-        if "pruned" in self.state.get(p, {}):
-            score = score.masked_fill(self.state[p]["pruned"], -math.inf)
-        return score
+            return self._importances(members, index)
+        sizes = [p.detach().float().abs() for p in members]
+        if by == "magnitude" or group["drop_rate"] == 0:
+            return sizes
+        budget = self._budget(members, group, index)
+        return [size.mul_(budget.keep_probability(k)) for k, size in enumerate(sizes)]
 
     def _kept(
         self, scores: dict[Tensor, Tensor], sparsity: float | str | tuple[int, int], scope: str
@@ -1793,10 +1790,6 @@ def _check_options(options: dict[str, Any]) -> None:
         raise RuntimeError("`foreach` does not support `differentiable`; leave one of the two out")
     if type(options["seed"]) is not int or not 0 <= options["seed"] < 2**63:
         raise ValueError(f"Invalid seed: {options['seed']!r}; it must be an integer in [0, 2**63)")
-
-
-def _contains(tensors: list[Tensor], tensor: Tensor) -> bool:
-    return any(tensor is other for other in tensors)  # tensors compare element by element
 
 
 def _is_number(value: Any) -> bool:

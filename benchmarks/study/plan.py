@@ -81,7 +81,7 @@ FASHION_5K_RESNET = Task(
     drop_rates=(0.1,),
     tuning_seeds=(0,),
 )
-# Ready to run; not run, for want of the data set and of the time.
+# Ready to run; not run, for want of the time and of the data set.
 FASHION = Task(
     "fashion-resnet18", "fashion-mnist", "resnet18", 30, 128, width=16, precision="bfloat16", weight_decay=5e-4
 )
@@ -196,7 +196,7 @@ QUESTIONS = [
     Question("equal-0.3", at_rate(0.3), SMALL),
     Question("best", BEST, SMALL),
     Question("sparse-0.9", sparse(0.9), SMALL),
-    Question("resnet", RESIDUAL, (FASHION_5K_RESNET.name,)),
+    Question("resnet", RESIDUAL, (FASHION_5K_RESNET.name, FASHION.name, CIFAR10.name)),
     Question("pruned", PRUNED, (FASHION_5K.name,)),
     *(Question(f"sparse-{s}", sparse(s), (MNIST1D_MLP.name,)) for s in (0.5, 0.8, 0.95)),
     Question("equal-0.5", at_rate(0.5), (MNIST1D_MLP.name, DIGITS.name)),

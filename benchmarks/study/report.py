@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plan import QUESTIONS, TASKS, TEST_SEEDS, Arm, Task
-from run import key, load_results, settings_of, tuned
+from run import key, load_results, settings_of, tuned, validated
 
 from impact_optim.experiments.results import early_epoch, spread
 
@@ -154,6 +154,26 @@ def best(measure: Measure) -> str:
     return compared(tasks_of("baselines", "best"), rows, strongest, measure, "− strongest baseline")
 
 
+def best_against_sgd() -> str:
+    sgd = arms_of("baselines")[0]
+    rows = named("best")
+    return compared(tasks_of("baselines", "best"), rows, lambda task: sgd, final, "− SGD")
+
+
+def validation() -> str:
+    """The best accuracy of each signal on the validation split, which defaults are chosen by."""
+    tasks = tasks_of("baselines", "equal-0.3")
+    table = [["arm", *(f"{TITLES[task.name]}: {what}" for task in tasks for what in ("rate 0.3", "rate tuned"))]]
+    for name in ("saliency", "fisher", "magnitude"):
+        row = [name]
+        for task in tasks:
+            for question in ("equal-0.3", "best"):
+                arm = next(arm for arm in arms_of(question) if arm.name == name)
+                row.append(f"{100 * max(validated(task, arm, RESULTS).values()):.1f}")  # type: ignore[union-attr]
+        table.append(row)
+    return markdown(table)
+
+
 def chosen() -> str:
     """What the tuning has chosen."""
     tasks = tasks_of("baselines", "best")
@@ -233,7 +253,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal-0.5": lambda: equal("0.5", final),
     "best": lambda: best(final),
     "best-early": lambda: best(early),
+    "best-sgd": best_against_sgd,
     "chosen": chosen,
+    "validation": validation,
     "gaps": gaps,
     "important": lambda: simple("important"),
     "scaled": scaled,

@@ -30,7 +30,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import RigL, shuffled_fisher
-from plan import QUESTIONS, TASKS, TEST_SEEDS, Arm, Question, Task
+from plan import CIFAR10, QUESTIONS, TASKS, TEST_SEEDS, Arm, Question, Task
 
 from impact_optim import SIGNALS
 from impact_optim.experiments.arms import arm_options, build_optimizer
@@ -69,19 +69,25 @@ def tuning_grid(task: Task, arm: Arm) -> list[tuple[float, float]]:
     return [(lr, rate) for lr in arm.lrs or task.lrs for rate in rates]
 
 
-def tuned(task: Task, arm: Arm, results: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The learning rate and drop rate that did best on the validation split; ``None`` before all were tried."""
-    if arm.tuned_as is not None:
-        question, name = arm.tuned_as
-        arms = next(q.arms for q in QUESTIONS if q.name == question)
-        return tuned(task, next(a for a in arms if a.name == name), results)
+def validated(task: Task, arm: Arm, results: Mapping[str, Any]) -> dict[tuple[float, float], float] | None:
+    """The validation accuracy at each point of the grid of an arm; ``None`` before all were tried."""
     scores = {}
     for lr, rate in tuning_grid(task, arm):
         runs = [results.get(key(settings_of(task, arm, lr, rate, "validation", seed))) for seed in task.tuning_seeds]
         if None in runs:
             return None
         scores[lr, rate] = fmean(run["accuracy"][-1] for run in runs)  # type: ignore[index]
-    return max(scores, key=lambda at: scores[at])
+    return scores
+
+
+def tuned(task: Task, arm: Arm, results: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The learning rate and drop rate that did best on the validation split; ``None`` before all were tried."""
+    if arm.tuned_as is not None:
+        question, name = arm.tuned_as
+        arms = next(q.arms for q in QUESTIONS if q.name == question)
+        return tuned(task, next(a for a in arms if a.name == name), results)
+    scores = validated(task, arm, results)
+    return None if scores is None else max(scores, key=lambda at: scores[at])
 
 
 # ------------------------------------------------------------------------------- one run
@@ -209,7 +215,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [question.name for question in QUESTIONS]
     parser.add_argument("--questions", nargs="+", choices=names, default=names)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    # CIFAR-10 only when asked for: it has to be put into data/ first.
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[name for name in TASKS if name != CIFAR10.name])
     parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="processes of one thread each")
     parser.add_argument("--dry-run", action="store_true", help="only say how many runs there are to do")
     args = parser.parse_args()

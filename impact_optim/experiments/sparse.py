@@ -10,6 +10,7 @@ from torch import nn
 
 from ..drop_rate import DropRateScheduler
 from ..impact_sgd import ImpactSGD
+from ..pruning import ramp
 from .arms import GRADUAL
 
 RAMP = 0.75  # of the epochs, as in Zhu & Gupta: then the network is sparse, and what is left trains on
@@ -42,7 +43,7 @@ class SparseFinish:
         self._optimizer, self._sparsity, self._epochs = optimizer, sparsity, epochs
         self._ramp = ramp_epochs(epochs)
         options = optimizer.defaults
-        self._is_gradual = arm == GRADUAL
+        self._shares = ramp(sparsity, start=0, end=self._ramp) if arm == GRADUAL else {}
         self._scheduler = None
         if options["importance"] != "uniform" and options["drop_rate"] > 0:
             self._scheduler = DropRateScheduler(optimizer, sparsity, self._ramp, start=0.0, shape="cubic")
@@ -55,10 +56,9 @@ class SparseFinish:
         """
         if self._scheduler is not None and epoch == self._ramp:
             self._sparsify(self._sparsity, by="importance")
-        if self._is_gradual and 0 < epoch <= self._ramp:
-            share = self._sparsity * (1 - (1 - epoch / self._ramp) ** 3)
+        if epoch in self._shares:
             # A cut of units may have left a larger share of zeros, which do not come back.
-            self._sparsify(max(share, self._pruned_share()), by="magnitude")
+            self._sparsify(max(self._shares[epoch], self._pruned_share()), by="magnitude")
 
     def after(self, epoch: int) -> None:
         """What comes after it."""
@@ -67,7 +67,7 @@ class SparseFinish:
 
     def is_due(self, epoch: int) -> bool:
         """Whether the network is cut at the end of this epoch, and has to be measured before as well."""
-        return self._scheduler is None and not self._is_gradual and epoch == self._epochs - 1
+        return self._scheduler is None and not self._shares and epoch == self._epochs - 1
 
     def cut(self) -> None:
         """Keeps the largest weights.
