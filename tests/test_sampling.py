@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from impact_optim.sampling import ROW, bit_blocks, is_dropped, pareto_sample, philox4x32, row_bits, uniform
+from impact_optim.sampling import ROW, bit_blocks, kept_bits, pareto_sample, philox4x32, row_bits, uniform
 from impact_optim.simplex import keep_probability, water_level
 
 PLACE = {"seed": 1, "step": 2, "tensor": 3}
@@ -115,9 +115,9 @@ def test_every_device_draws_the_same_bits():
 
 def test_a_mask_keeps_what_its_probability_says_at_both_ends():
     bits = torch.cat(list(bit_blocks(100_000, **PLACE)))
-    assert not is_dropped(bits, torch.ones(100_000)).any()
-    assert is_dropped(bits, torch.zeros(100_000)).all()
-    kept = (~is_dropped(bits, torch.full((100_000,), 0.3))).double().mean().item()
+    assert (kept_bits(bits, torch.ones(100_000)) == -1).all()
+    assert (kept_bits(bits, torch.zeros(100_000)) == 0).all()
+    kept = -kept_bits(bits, torch.full((100_000,), 0.3)).double().mean().item()
     assert kept == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 100_000))
 
 

@@ -124,7 +124,7 @@ BEST = [
     Arm("magnitude, decaying", "magnitude", drop_rates=None, drop_schedule="linear"),
 ]
 IMPORTANT = [
-    Arm(f"{which}, {rate}", "fisher", {"drop": which}, drop_rates=(rate,))
+    Arm(f"{which}, {rate}", "saliency", {"drop": which}, drop_rates=(rate,))
     for rate in (0.05, 0.1)
     for which in ("unimportant", "important")
 ]
@@ -133,14 +133,14 @@ SCALED = [
     for signal, lam in (("hypergradient", 1.0), ("fisher", 1.0), ("saliency", 1.0))
 ]
 DETAILS = [
-    Arm("as is", "fisher", drop_rates=(0.3,)),
-    Arm("per tensor", "fisher", {"simplex": "tensor"}, drop_rates=(0.3,)),
-    Arm("not rescaled", "fisher", {"rescale": "none"}, drop_rates=(0.3,)),
-    Arm("λ = 1", "fisher", {"kl_weight": 1.0}, drop_rates=(0.3,)),
-    Arm("λ = 3", "fisher", {"kl_weight": 3.0}, drop_rates=(0.3,)),
-    Arm("λ = 30", "fisher", {"kl_weight": 30.0}, drop_rates=(0.3,)),
-    Arm("η = 0.001", "fisher", {"importance_lr": 0.001}, drop_rates=(0.3,)),
-    Arm("η = 0.1", "fisher", {"importance_lr": 0.1}, drop_rates=(0.3,)),
+    Arm("as is", "saliency", drop_rates=(0.3,)),
+    Arm("per tensor", "saliency", {"simplex": "tensor"}, drop_rates=(0.3,)),
+    Arm("not rescaled", "saliency", {"rescale": "none"}, drop_rates=(0.3,)),
+    Arm("λ = 1", "saliency", {"kl_weight": 1.0}, drop_rates=(0.3,)),
+    Arm("λ = 3", "saliency", {"kl_weight": 3.0}, drop_rates=(0.3,)),
+    Arm("λ = 30", "saliency", {"kl_weight": 30.0}, drop_rates=(0.3,)),
+    Arm("η = 0.001", "saliency", {"importance_lr": 0.001}, drop_rates=(0.3,)),
+    Arm("η = 0.1", "saliency", {"importance_lr": 0.1}, drop_rates=(0.3,)),
 ]
 RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.3}
 
@@ -166,8 +166,8 @@ def sparse(sparsity: float) -> list[Arm]:
 RESIDUAL = [  # the few that a residual network leaves time for
     Arm("SGD", "baseline"),
     Arm("uniform", "dropconnect", drop_rates=None),
-    Arm("fisher", "fisher", drop_rates=None),
-    Arm("fisher, decaying", "fisher", drop_rates=None, drop_schedule="linear"),
+    Arm("saliency", "saliency", drop_rates=None),
+    Arm("saliency, decaying", "saliency", drop_rates=None, drop_schedule="linear"),
     Arm("gradual magnitude, 90%", "gradual-magnitude", sparsity=0.9),
     Arm("saliency ramp, 90%", "saliency", RAMPED, (0.1,), sparsity=0.9),
 ]
@@ -177,8 +177,8 @@ PRUNED = [
     Arm("SGD, rademacher", "baseline", prune=CUTS, criterion="rademacher", tuned_as=("baselines", "SGD")),
     Arm("SGD, l1", "baseline", prune=CUTS, criterion="l1", tuned_as=("baselines", "SGD")),
     Arm("SGD, random", "baseline", prune=CUTS, criterion="random", tuned_as=("baselines", "SGD")),
-    Arm("fisher, entropy", "fisher", prune=CUTS, tuned_as=("best", "fisher")),
-    Arm("fisher, importance", "fisher", prune=CUTS, criterion="importance", tuned_as=("best", "fisher")),
+    Arm("saliency, entropy", "saliency", prune=CUTS, tuned_as=("best", "saliency")),
+    Arm("saliency, importance", "saliency", prune=CUTS, criterion="importance", tuned_as=("best", "saliency")),
 ]
 
 
@@ -202,5 +202,5 @@ QUESTIONS = [
     Question("equal-0.5", at_rate(0.5), (MNIST1D_MLP.name, DIGITS.name)),
     Question("important", IMPORTANT, (MNIST1D_MLP.name, DIGITS.name)),
     Question("scaled", SCALED, (MNIST1D_MLP.name, DIGITS.name)),
-    Question("details", DETAILS, (MNIST1D_MLP.name,)),
+    Question("details", DETAILS, (MNIST1D_MLP.name, MNIST1D_CNN.name)),
 ]
