@@ -26,7 +26,7 @@ import torch._inductor.test_operators
 from torch import Tensor
 
 from .layout import BLOCK, blocks
-from .sampling import ROW, row_bits
+from .sampling import ROW, row_bits, stochastic_round
 from .simplex import CLIP, LOG_BOUND
 
 
@@ -46,6 +46,8 @@ class Plan(NamedTuple):
     """Whether the gradient was taken at masked weights."""
     draws: bool = False
     """Whether the masked weights of the next step are written."""
+    rounds: bool = False
+    """Whether the log-importances are stored in bfloat16, rounded at random."""
     scale_steps: bool = False
     guarded: bool = False
     """Whether the step may turn out to be skipped (``found_inf`` of a GradScaler)."""
@@ -149,7 +151,7 @@ def step_pass(
         x, grad, direction, log_w: the parameter, its gradient, its momentum buffer and its log-importances, flat and in
             one order.
         masked: the masked weights that the gradient was taken at; overwritten by the next ones.
-        keys: of the next masks, [rows, 3], where the plan draws them.
+        keys: where the plan draws the next masks, [rows, 3], or rounds, [rows, 3]; first the former where it does both.
         position: 0, 1, ... in a row.
         numbers: :class:`Numbers`, [rows, len(Numbers)].
         plan: what to do.
@@ -168,7 +170,7 @@ def step_pass(
 
     h = old_log_w = new_log_w = w = filled = None
     if log_w is not None:
-        old_log_w = log_w
+        old_log_w = log_w.float()
         if plan.signal is not None:
             d = None if old_d is None else old_d.float()
             h = plan.signal(old_x.float(), g.float(), d, c.lr.float())
@@ -176,6 +178,8 @@ def step_pass(
             u = _clip(h * c.inverse_scale.float(), c.minus_clip.float(), c.clip.float())
             new_log_w = (old_log_w - c.log_normalizer.float()) * c.shrink.float() - u * c.importance_step.float()
             new_log_w = _clip(new_log_w, c.minus_log_bound.float(), c.log_bound.float())
+            if plan.rounds and keys is not None:
+                new_log_w = stochastic_round(new_log_w, row_bits(keys[:, -3:].unsqueeze(1), position))
             if plan.guarded:
                 new_log_w = torch.where(skipped, old_log_w, new_log_w)
             new_log_w = _computed_once(new_log_w)
@@ -215,7 +219,7 @@ def step_pass(
         absolute = h.abs() + new_log_w * c.zero.float()  # reads what the others read: three sums, one loop
         sums = absolute.sum(1), w.sum(1), filled.sum(1)
     if plan.draws and masked is not None and keys is not None:
-        masked.copy_(_masked_weights(stored, filled, keys, position, c))
+        masked.copy_(_masked_weights(stored, filled, keys[:, :3], position, c))
     x.copy_(stored * c.one)
     if direction is not None and new_d is not None:
         direction.copy_(new_d * c.one)
@@ -242,7 +246,7 @@ def mask_pass(
         assert x.shape[1] == ROW
     filled = None
     if log_w is not None:
-        height = torch.clamp(log_w + c.next_level.float(), -85.0, 85.0)  # as step_pass has it by its bounds
+        height = torch.clamp(log_w.float() + c.next_level.float(), -85.0, 85.0)  # as step_pass has it by its bounds
         filled = 1.0 - torch.relu(1.0 - _exp2(height * _LOG2_E))
     exact = torch.promote_types(x.dtype, torch.float32)
     masked.copy_(_masked_weights(x.to(exact), filled, keys, position, c))
@@ -325,7 +329,7 @@ class Rows:
             arguments: dict[str, Tensor | None] = {name: made[i] for name, made in kept.items()}
             if grad is not None:
                 arguments["grad"] = _bare(grad, start, rows, columns, is_rest=rows == 1)
-            arguments["keys"] = None if keys is None else _bare(keys, start // ROW * 3, rows, 3)
+            arguments["keys"] = None if keys is None else _bare(keys, start // ROW * keys.shape[1], rows, keys.shape[1])
             plan = plan._replace(is_rest=rows == 1)
             # A row of one element has a shape of its own, too, and nothing to be fast at.
             call = compiled(function, plan) if columns > 1 else functools.partial(function, plan=plan)

@@ -22,7 +22,7 @@ from torch.optim.sgd import sgd
 from .fused import Numbers, Plan, Rows, compiler_works, mask_blocks, mask_pass, step_pass
 from .layout import blocks, flat_views, flatten, sample, unflatten
 from .masking import Factor, Masking
-from .sampling import ROW, bit_blocks, kept_bits, pareto_sample, row_keys, uniform
+from .sampling import ROUNDING, ROW, bit_blocks, kept_bits, pareto_sample, row_keys, stochastic_round, uniform
 from .signals import SIGNALS, reads
 from .simplex import (
     CLIP,
@@ -87,6 +87,7 @@ class ImpactSGD(Optimizer):
         importance: str = "saliency",
         importance_lr: float = 0.01,
         kl_weight: float = 10.0,
+        importance_dtype: torch.dtype = torch.float32,
         simplex: str = "group",
         drop: str = "unimportant",
         rescale: str = "inverse",
@@ -110,6 +111,7 @@ class ImpactSGD(Optimizer):
             "importance": importance,
             "importance_lr": importance_lr,
             "kl_weight": kl_weight,
+            "importance_dtype": importance_dtype,
             "simplex": simplex,
             "drop": drop,
             "rescale": rescale,
@@ -420,7 +422,7 @@ class ImpactSGD(Optimizer):
         for p in members:
             state = self.state.get(p, {})
             if "log_importance" in state:
-                log_w.append(state["log_importance"] - state["log_normalizer"].to(p.device))
+                log_w.append(state["log_importance"].float() - state["log_normalizer"].to(p.device))
             else:
                 log_w.append(torch.zeros_like(p, dtype=torch.float32, requires_grad=False))
         return log_w, log_mean_exp(log_w)
@@ -429,20 +431,22 @@ class ImpactSGD(Optimizer):
         simplex_id = _simplex_id(members, index)
         return all(self.state.get(p, {}).get("simplex_id") == simplex_id for p in members)
 
-    def _join(self, members: list[Tensor], index: dict[Tensor, int]) -> None:
+    def _join(self, members: list[Tensor], index: dict[Tensor, int], dtype: torch.dtype) -> None:
         """Puts the members on one simplex. Its scalars are one tensor each in the state of all members.
 
         Most often they are on it already. A new simplex starts at importance 1; one that a parameter joins (unfrozen),
         leaves (frozen) or shrinks in (pruned) keeps the ratios of what it knows and is normalised anew.
         """
         if self._is_joined(members, index):
+            for p in members:  # no copy, but where the option has changed
+                self.state[p]["log_importance"] = self.state[p]["log_importance"].to(dtype)
             return
         log_w, normalizer = self._log_importances(members, index)
         scalar = torch.zeros((), dtype=torch.float32, device=members[0].device)
         scale = next((s["signal_scale"] for p in members if "signal_scale" in (s := self.state.get(p, {}))), scalar)
         for p, t in zip(members, log_w, strict=True):
             self.state[p].update(
-                log_importance=t,
+                log_importance=t.to(dtype),
                 log_normalizer=normalizer,
                 signal_scale=scale,
                 water_level=scalar,
@@ -506,6 +510,7 @@ class ImpactSGD(Optimizer):
                     simplexes,
                     rows=[self._rows_of(p) for p in params],
                     next_masks=partial(_next_masks, group=group, index=self._index()),
+                    rounding_keys=partial(_keys, index=self._index(), group=group, step=group["step"], rank=ROUNDING),
                     grad_scale=getattr(self, "grad_scale", None),
                     found_inf=getattr(self, "found_inf", None),
                     **options,
@@ -618,7 +623,7 @@ class ImpactSGD(Optimizer):
         for members in self._simplexes(group):
             if not any(p in position for p in members):
                 continue
-            self._join(members, index)
+            self._join(members, index, group["importance_dtype"])
             for simplex_id, level, solved_for in self._new_levels:
                 if simplex_id == _simplex_id(members, index):
                     error = torch.zeros_like(level)
@@ -633,6 +638,10 @@ class ImpactSGD(Optimizer):
                 state["log_normalizer"],
                 state["signal_scale"],
             )
+            if group["importance_dtype"] == torch.bfloat16:
+                # On every rank the same: the importances are.
+                place = {"seed": group["seed"], "step": group["step"], "rank": ROUNDING}
+                simplex.rounding = [bit_blocks(p.numel(), tensor=index[p], device=p.device, **place) for p in members]
             target = fill_target(group["drop_rate"], group["keep_floor"], group["drop"])
             if state["water_target"] == target and None not in positions and _can_follow(simplex, group):
                 simplex.water_level, simplex.water_error = state["water_level"], state["water_error"]
@@ -712,7 +721,7 @@ class ImpactSGD(Optimizer):
             groups.append(group)
             for members in simplexes:
                 if any("log_importance" in self.state.get(p, {}) for p in members):
-                    learnt.append(members)
+                    learnt.append((members, group["importance_dtype"]))
                 elif by == "importance":
                     why = "with" if group["importance"] == "uniform" else "before the first step, with"
                     raise ValueError(
@@ -725,15 +734,15 @@ class ImpactSGD(Optimizer):
                         scores[p] = score if pruned is None else score.masked_fill(pruned, -math.inf)
         masks = self._kept(scores, sparsity if pattern is None else pattern, scope)
 
-        for members in learnt:
-            self._join(members, index)  # they may have been cut, frozen or added since the last step
+        for members, dtype in learnt:
+            self._join(members, index, dtype)  # they may have been cut, frozen or added since the last step
         # Of what is not chosen, too: nothing of these groups is dropped any more.
         for p, share in self._expected_shares(groups).items():
             p.mul_(share)
         for p, mask in masks.items():
             self.state[p]["pruned"] = ~mask
         self._hold_pruned()
-        for members in learnt:
+        for members, _ in learnt:
             normalizer = log_mean_exp([self.state[p]["log_importance"] for p in members])
             for p in members:
                 self.state[p].update(log_normalizer=normalizer, water_target=0.0)
@@ -814,7 +823,7 @@ class ImpactSGD(Optimizer):
                 return w
         if "log_importance" not in (state := self.state.get(param, {})):  # a bias, or never trained
             return torch.ones_like(param, dtype=torch.float32)
-        return (state["log_importance"] - state["log_normalizer"].to(param.device)).exp_()  # frozen
+        return (state["log_importance"].float() - state["log_normalizer"].to(param.device)).exp_()  # frozen
 
     @torch.no_grad()
     def keep_probability(self, param: Tensor) -> Tensor:
@@ -855,7 +864,7 @@ class ImpactSGD(Optimizer):
         if not members:
             return []
         log_w, normalizer = self._log_importances(members, index)
-        return [(t - normalizer.to(t.device)).exp_() for t in log_w]
+        return [(t.float() - normalizer.to(t.device)).exp_() for t in log_w]
 
     def _find(self, param: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
         """The group of a parameter, and the members of its simplex if it is on one."""
@@ -899,13 +908,13 @@ class ImpactSGD(Optimizer):
             restore.remove()
 
     def _restore_dtypes(self, loaded: dict[str, Any]) -> None:
-        ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, param in zip(ids, params, strict=True):
-            for name, dtype in _KEPT_AS_SAVED.items():
-                if name in loaded["state"].get(key, {}):
-                    value = loaded["state"][key][name]
-                    self.state[param][name] = value.to(param.device, dtype, copy=True)
+        for group, own in zip(loaded["param_groups"], self.param_groups, strict=True):
+            dtypes = {**_KEPT_AS_SAVED, "log_importance": own["importance_dtype"]}
+            for key, param in zip(group["params"], own["params"], strict=True):
+                for name, dtype in dtypes.items():
+                    if name in loaded["state"].get(key, {}):
+                        value = loaded["state"][key][name]
+                        self.state[param][name] = value.to(param.device, dtype, copy=True)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key, kind in (("state", dict), ("param_groups", list)):
@@ -1007,6 +1016,9 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         importance_lr (float, optional): η, step size of the mirror descent (default: 0.01)
         kl_weight (float, optional): λ, the temperature: a constant u leads to w ∝ exp(-u/λ); 0 lets one weight take
             everything (default: 10)
+        importance_dtype (torch.dtype, optional): in which the log-importances are stored. ``torch.bfloat16`` takes 2
+            bytes a weight instead of 4, and is rounded up or down at random so that the mean is right; the importances
+            then differ by a rounding of up to 1% that does not add up (default: torch.float32)
         simplex (str, optional): ``"group"``, one simplex over a parameter group, or ``"tensor"``, one per tensor
             (default: ``"group"``)
         drop (str, optional): what is dropped first, ``"unimportant"`` or ``"important"`` (default: ``"unimportant"``)
@@ -1029,11 +1041,11 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
             some seconds at the first step. By default it is where that pays and can be had: a group of a million
             weights and more on a CPU, with options that it supports and without ``foreach`` (default: None)
 
-    State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, float32, 4 bytes a weight, and
-    scalars of its simplex (``"hypergradient"`` and ``"lookahead"`` keep the last direction where momentum is 0). While
-    a step is under way, masks take the size of the parameters, and the masked weights the same again until the
-    backward pass has used them. The fused step keeps one buffer of masked weights, the size of the parameters, and
-    allocates nothing else of that size.
+    State per maskable parameter, besides SGD's ``momentum_buffer``: ``log_importance``, 4 bytes a weight (2 in
+    bfloat16) whatever the dtype of the parameter, and scalars of its simplex (``"hypergradient"`` and ``"lookahead"``
+    keep the last direction where momentum is 0). While a step is under way, masks take the size of the parameters, and
+    the masked weights the same again until the backward pass has used them. The fused step keeps one buffer of masked
+    weights, the size of the parameters, and allocates nothing else of that size.
 
     Example:
         >>> optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, weight_decay=5e-4, drop_rate=0.1)
@@ -1092,7 +1104,7 @@ class Budget(NamedTuple):
         """π of member k, block by block in the order of its memory."""
         p = self.members[k]
         if self.log_w is None or self.log_level is None:
-            yield from repeat(torch.full((), 1.0 - self.drop_rate, device=p.device))
+            yield from repeat(torch.full((), 1.0 - self.drop_rate, dtype=torch.float32, device=p.device))
         else:
             for (log_w,) in blocks(flatten(self.log_w[k], p)):
                 yield keep_probability(
@@ -1131,6 +1143,8 @@ class Simplex:
     water_level: Tensor | None = None
     water_error: Tensor | None = None
     water_target: float = 0.0
+    rounding: list[Iterator[Tensor]] | None = None
+    """Random bits for each member, block by block, where the log-importances are stored in bfloat16."""
 
     def __post_init__(self) -> None:
         # No signal is used before its scale is known: the first one only sets it.
@@ -1154,7 +1168,8 @@ class Simplex:
 
     def weights(self, k: int) -> Tensor:
         """w of member k."""
-        return (self.log_importances[k] - self.log_normalizer.to(self.log_importances[k].device)).exp_()
+        log_w = self.log_importances[k].float()
+        return (log_w - self.log_normalizer.to(log_w.device)).exp_()
 
     @torch.no_grad()
     def look_ahead(self, h: Tensor | None, importance_lr: float, kl_weight: float) -> None:
@@ -1174,15 +1189,16 @@ class Simplex:
         """The mirror step of member k, or of a block of it."""
         if h is not None:
             u = self._unitless(h)
-            log_w.copy_(mirror_step(log_w, u, importance_lr, kl_weight, self.log_normalizer.to(log_w.device)))
-            self._sum_up(log_w)
+            normalizer = self.log_normalizer.to(log_w.device)
+            self._store(k, log_w, mirror_step(log_w.float(), u, importance_lr, kl_weight, normalizer))
+            self._sum_up(log_w.float())
             self._descended.add(k)
 
     @torch.no_grad()
     def descend_all(self, signals: dict[int, Tensor | None], importance_lr: float, kl_weight: float) -> None:
         """The mirror steps of all members, in fewer kernels."""
         ready = {k: h for k, h in signals.items() if h is not None}
-        if len({log_w.device for log_w in self.log_importances}) > 1:
+        if self.rounding is not None or len({log_w.device for log_w in self.log_importances}) > 1:
             for k, h in ready.items():
                 self.descend(k, h, self.log_importances[k], importance_lr, kl_weight)
         elif ready:
@@ -1207,6 +1223,16 @@ class Simplex:
                 self._filled.append(filled)
         self._counted += self.members[k].numel()
         self._descended.add(k)
+
+    def _store(self, k: int, log_w: Tensor, new: Tensor) -> None:
+        """Keeps new log-importances of member k, or of its next block."""
+        if self.rounding is not None:
+            bits = [next(self.rounding[k])]
+            while sum(t.numel() for t in bits) < log_w.numel():  # not by blocks: the layouts differ
+                bits.append(next(self.rounding[k]))
+            flat = bits[0] if len(bits) == 1 else torch.cat(bits)
+            new = stochastic_round(new, flat if log_w.dim() == 1 else unflatten(flat, self.members[k]))
+        log_w.copy_(new)
 
     def _unitless(self, h: Tensor) -> Tensor:
         h = _finite(h)
@@ -1238,8 +1264,9 @@ class Simplex:
         if idle:
             total_idle = n_idle * (log_mean_exp(idle).to(device) - self.log_normalizer).exp()
             normalizer = normalizer - ((n - total_idle).clamp_min(torch.finfo(torch.float32).tiny) / n_moved).log()
-            for log_w in idle:
-                log_w.add_((normalizer - self.log_normalizer).to(log_w.device))
+            for k, log_w in enumerate(self.log_importances):
+                if k not in self._descended:
+                    self._store(k, log_w, log_w.float() + (normalizer - self.log_normalizer).to(log_w.device))
         self.log_normalizer = normalizer
         if self.next_level is None:
             self.water_target = 0.0  # no level is known any more
@@ -1433,7 +1460,7 @@ def _single_tensor_impactsgd(
                 grad = grad.add(buf, alpha=momentum) if nesterov else buf
 
             if scale_steps and simplex is not None and log_w is not None:
-                grad = grad * (log_w - simplex.log_normalizer.to(log_w.device)).exp_().to(grad.dtype)
+                grad = grad * (log_w.float() - simplex.log_normalizer.to(log_w.device)).exp_().to(grad.dtype)
             if isinstance(lr, Tensor) and lr.requires_grad:
                 x.addcmul_(grad, lr, value=-1)
             else:
@@ -1529,6 +1556,7 @@ def _fused_impactsgd(
     maximize: bool,
     rows: list[Rows],
     next_masks: Callable[[list[Tensor]], tuple[Budget, float, list[Tensor]]],
+    rounding_keys: Callable[[list[Tensor]], list[Tensor]],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> dict[int, tuple[Budget, Tensor | None]]:
@@ -1565,10 +1593,14 @@ def _fused_impactsgd(
     shrink = 1.0 / (1.0 + importance_lr * kl_weight)
     ours = [i for i in range(len(params)) if i not in plain]
     draws = [i for i in ours if masks[i] is not None and (i not in place or place[i][0].follows)]
-    keys: dict[int, Tensor] = {}
+    mask_keys: dict[int, Tensor] = {}
     if draws:
-        budget, divisor, all_keys = next_masks([params[i] for i in draws])
-        keys = dict(zip(draws, all_keys, strict=True))
+        budget, divisor, new_keys = next_masks([params[i] for i in draws])
+        mask_keys = dict(zip(draws, new_keys, strict=True))
+    keys = mask_keys.copy()
+    if rounds := [i for i in ours if i in place and place[i][0].rounding is not None]:
+        for i, own in zip(rounds, rounding_keys([params[i] for i in rounds]), strict=True):
+            keys[i] = torch.cat([keys[i], own], 1) if i in keys else own
     next_budgets: dict[int, Budget] = {}
     packed: dict[Any, Tensor] = {}
     written: list[Tensor] = []
@@ -1581,7 +1613,7 @@ def _fused_impactsgd(
             directions[i] = torch.zeros_like(param, requires_grad=False)
         log_w = None if simplex is None else simplex.log_importances[k]
         dtype = torch.promote_types(param.dtype, torch.float32)
-        key = (id(simplex), is_first, None if mask is None else id(mask.budget), i in keys, dtype, param.device)
+        key = (id(simplex), is_first, None if mask is None else id(mask.budget), i in mask_keys, dtype, param.device)
         if key not in packed:
             packed[key] = Numbers(
                 lr=lr,
@@ -1598,10 +1630,10 @@ def _fused_impactsgd(
                 keep_offset=1.0 if mask is None else mask.budget.offset,
                 keep_slope=0.0 if mask is None else mask.budget.slope,
                 next_level=0.0 if simplex is None or simplex.next_level is None else simplex.next_level,
-                next_keep_offset=budget.offset if i in keys else 1.0,
-                next_keep_slope=budget.slope if i in keys else 0.0,
+                next_keep_offset=budget.offset if i in mask_keys else 1.0,
+                next_keep_slope=budget.slope if i in mask_keys else 0.0,
                 smallest_divisor=1.0 if mask is None else mask.smallest_divisor,
-                next_smallest_divisor=divisor if i in keys else 1.0,
+                next_smallest_divisor=divisor if i in mask_keys else 1.0,
                 found_inf=0.0 if found_inf is None else found_inf,
             ).pack(dtype, param.device)
         plan = Plan(
@@ -1610,7 +1642,8 @@ def _fused_impactsgd(
             nesterov=nesterov,
             keeps_direction=keeps_direction,
             is_masked=mask is not None,
-            draws=i in keys,
+            draws=i in mask_keys,
+            rounds=simplex is not None and simplex.rounding is not None,
             scale_steps=scale_steps and simplex is not None,
             guarded=found_inf is not None,
         )
@@ -1630,7 +1663,7 @@ def _fused_impactsgd(
         written += [t for t in (param, directions[i], log_w, weights) if t is not None]
         if simplex is not None and plan.signal is not None:
             simplex.account(k, sums)
-        if i in keys:
+        if i in mask_keys:
             if id(simplex) not in next_budgets:
                 level = None if simplex is None else simplex.next_level
                 next_budgets[id(simplex)] = budget._replace(log_level=level)
@@ -1670,12 +1703,18 @@ def _stamp(param: Tensor, log_w: Tensor | None, budget: Budget, group: dict[str,
     return (*memory, *options)
 
 
-def _keys(params: list[Tensor], index: dict[Tensor, int], group: dict[str, Any], step: int) -> list[Tensor]:
-    """The keys of the rows of each parameter, for its masks of a step."""
-    sizes = tuple(-(-p.numel() // ROW) for p in params)
-    row, tensor = _row_index(sizes, tuple(index[p] for p in params), params[0].device)
-    keys = row_keys(row, seed=group["seed"], step=step, tensor=tensor)
-    return list(keys.split(sizes))
+def _keys(
+    params: list[Tensor], index: dict[Tensor, int], group: dict[str, Any], step: int, rank: int = 0
+) -> list[Tensor]:
+    """The keys of the rows of each parameter, for its draws at a step."""
+    keys: dict[Tensor, Tensor] = {}
+    for device in {p.device for p in params}:
+        here = [p for p in params if p.device == device]
+        sizes = tuple(-(-p.numel() // ROW) for p in here)
+        row, tensor = _row_index(sizes, tuple(index[p] for p in here), device)
+        words = row_keys(row, seed=group["seed"], step=step, tensor=tensor, rank=rank)
+        keys.update(zip(here, words.split(sizes), strict=True))
+    return [keys[p] for p in params]
 
 
 @lru_cache(maxsize=256)
@@ -1692,13 +1731,7 @@ def _next_masks(
     budget = Budget(params, group["drop_rate"], group["keep_floor"], group["drop"])
     if group["importance"] != "uniform":
         budget = budget._replace(log_level=torch.zeros(()))
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for p in params:
-        by_device.setdefault(p.device, []).append(p)
-    keys = {
-        p: k for ps in by_device.values() for p, k in zip(ps, _keys(ps, index, group, group["step"] + 1), strict=True)
-    }
-    return budget, _smallest_divisor(group), [keys[p] for p in params]
+    return budget, _smallest_divisor(group), _keys(params, index, group, group["step"] + 1)
 
 
 def _check_dense(param: Tensor, name: str) -> None:
@@ -1781,6 +1814,10 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, choices in _CHOICES.items():
         if options[name] not in choices:
             raise ValueError(f"Invalid {name}: {options[name]!r}; choose from {list(choices)}")
+    if options["importance_dtype"] not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"Invalid importance_dtype: {options['importance_dtype']}; choose torch.float32 or torch.bfloat16"
+        )
     if type(options["step"]) is not int or options["step"] < 0:
         raise ValueError(f"Invalid step: {options['step']!r}; it counts the steps taken")
     if options["fused"]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .layout import BLOCK
 
 ROW = 4096  # elements that share their keys; also the width of the rows in which the compiled step runs
+ROUNDING = 1 << 31  # in place of a rank: a part of the stream that no mask is drawn from
 _WORD = 0xFFFFFFFF
 
 
@@ -92,6 +93,18 @@ def kept_bits(bits: Tensor, keep: Tensor) -> Tensor:
     the probabilities 0 and 1.
     """
     return (bits >> 1).sub_(keep.mul(2.0**31).sub_(2.0**30).to(torch.int32)).bitwise_right_shift_(31)
+
+
+def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
+    """A bfloat16 next to x, above or below with the probabilities that make the mean x; as float32.
+
+    Args:
+        x: float32, below the largest bfloat16.
+        bits: int32, of its shape, of which the upper 16 are used.
+
+    Source: Gupta, Agrawal, Gopalakrishnan & Narayanan, Deep learning with limited numerical precision, ICML 2015.
+    """
+    return ((x.view(torch.int32) + ((bits >> 16) & 0xFFFF)) & -0x10000).view(torch.float32)
 
 
 def bit_blocks(

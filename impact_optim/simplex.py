@@ -67,7 +67,7 @@ def log_mean_exp(log_w: Sequence[Tensor]) -> Tensor:
     Args:
         log_w: the tensors of the simplex, at least one of them not empty.
     """
-    return torch.log(total([t.exp().sum() for t in log_w]) / _numel(log_w))
+    return torch.log(total([t.float().exp().sum() for t in log_w]) / _numel(log_w))
 
 
 def water_level(log_w: Sequence[Tensor], mean: float) -> Tensor:
@@ -120,7 +120,7 @@ def _newton(log_w: Sequence[Tensor], mean: Tensor | float, log_level: Tensor, st
         full, rest = [], []
         for t in log_w:
             for (part,) in blocks(t):
-                filled = (part + log_level.to(t.device)).exp_()
+                filled = (part.float() + log_level.to(t.device)).exp_()
                 is_full = filled >= 1.0
                 full.append(is_full.sum(dtype=torch.float32))
                 rest.append(filled.masked_fill_(is_full, 0.0).sum())
@@ -163,8 +163,8 @@ def keep_probability(
     """
     target = fill_target(drop_rate, keep_floor, drop)
     if target <= 0.0 or target >= 1.0:  # the floor is the whole budget, or nothing is dropped
-        return torch.full_like(log_w, 1.0 - drop_rate)
-    filled = (log_w + log_level).exp_().clamp_(max=1.0).mul_(1.0 - keep_floor)
+        return torch.full_like(log_w, 1.0 - drop_rate, dtype=torch.float32)
+    filled = (log_w.float() + log_level).exp_().clamp_(max=1.0).mul_(1.0 - keep_floor)
     return filled.add_(keep_floor) if drop == "unimportant" else filled.neg_().add_(1.0)
 
 
