@@ -30,6 +30,11 @@ from .sampling import ROW, row_bits, stochastic_round
 from .simplex import CLIP, LOG_BOUND
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured: what Python does now is done once, and not by its replays."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class Plan(NamedTuple):
     """What a pass does; each plan is compiled once for full rows and once for what is left after them.
 
@@ -86,6 +91,11 @@ class Numbers(NamedTuple):
 
     def pack(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """One row of a table on the device, without waiting for it."""
+        if is_capturing():
+            row = torch.empty(1, len(self), dtype=dtype, device=device)
+            for k, v in enumerate(self):  # a replay would copy from host memory that is no longer there
+                row[0, k].fill_(v.reshape(()) if isinstance(v, Tensor) else v)
+            return row
         host = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in self], dtype=dtype)
         if device.type != "cpu":
             host = host.pin_memory().to(device, non_blocking=True)

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach, _to_scalar, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
-from .fused import Numbers, Plan, Rows, compiler_works, mask_blocks, mask_pass, step_pass
+from .fused import Numbers, Plan, Rows, compiler_works, is_capturing, mask_blocks, mask_pass, step_pass
 from .layout import blocks, flat_views, flatten, sample, unflatten
 from .masking import Factor, Masking
 from .sampling import ROUNDING, ROW, bit_blocks, kept_bits, pareto_sample, row_keys, stochastic_round, uniform
@@ -98,6 +98,7 @@ class ImpactSGD(Optimizer):
         per_rank_masks: bool = False,
         foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
@@ -123,6 +124,7 @@ class ImpactSGD(Optimizer):
             "step": 0,
             "foreach": foreach,
             "maximize": maximize,
+            "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
         }
@@ -304,8 +306,14 @@ class ImpactSGD(Optimizer):
     def _draw_factors(self, factors: dict[Tensor, Factor]) -> None:
         """Adds the masks of this step for the parameters that have none yet."""
         index = self._index()
+        if (capturing := self._is_captured()) != self._masking.is_captured:
+            # A replay has to draw its own masks, and what a capture has drawn is no mask before the first replay.
+            factors.clear()
+            self._masking.seen.clear()
+            self._masking.is_captured = capturing
         for group in self.param_groups:
             _check_options(group)
+            _settle_counter(group)
             if group["drop_rate"] == 0:
                 continue
             drawn = [factors[p] for p in group["params"] if p in factors]  # one implementation until the step
@@ -345,10 +353,12 @@ class ImpactSGD(Optimizer):
         """The masked weights of a parameter: those that the last fused step has left, or new ones."""
         p = budget.members[k]
         log_w = None if budget.log_w is None else budget.log_w[k]
-        stamp = _stamp(p, log_w, budget, group, group["step"])
+        stamp = _stamp(p, log_w, budget, group, self._masking.step)
         left = self._prepared.get(p)
         if left is not None and left.stamp == stamp and not budget.is_new:
             return left.weights
+        if not budget.is_new and "pruned" not in self.state.get(p, {}):  # those change after every pass
+            _needs_eager(f"the last step has left no masked weights of {self._name(p)} that are good for this one")
         _check_dense(p, self._name(p))
         if left is not None and left.weights.shape == p.shape and left.weights.dtype == p.dtype:
             weights = left.weights
@@ -362,12 +372,15 @@ class ImpactSGD(Optimizer):
             next_smallest_divisor=divisor,
         ).pack(torch.promote_types(p.dtype, torch.float32), p.device)
         keys = _keys([p], index, group, group["step"])[0]
-        if group["step"] == 0:  # every run comes here, and most never again: not worth a compilation
+        # Every run comes here at its start, and most never again: not worth a compilation, but for a capture to come.
+        if not group["capturable"] and group["step"] == 0:
             flat_log_w = None if log_w is None else flatten(log_w, p)
             mask_blocks(flatten(p.detach(), p), flat_log_w, flatten(weights, p), keys, numbers)
         else:
             self._rows_of(p).run(mask_pass, Plan(), numbers, keys, x=p.detach(), log_w=log_w, masked=weights)
             increment_version(weights)
+        if group["capturable"] and left is not None:
+            budget = budget._replace(log_level=_in_place(left.budget.log_level, budget.log_level))
         self._prepared[p] = Prepared(weights, budget, divisor, stamp)
         return weights
 
@@ -439,18 +452,22 @@ class ImpactSGD(Optimizer):
         """
         if self._is_joined(members, index):
             for p in members:  # no copy, but where the option has changed
+                if self.state[p]["log_importance"].dtype != dtype:
+                    _needs_eager(f"the log-importances of {self._name(p)} are not stored in {dtype} yet")
                 self.state[p]["log_importance"] = self.state[p]["log_importance"].to(dtype)
             return
+        _needs_eager(f"the simplex of {self._name(members[0])} is a new one")
         log_w, normalizer = self._log_importances(members, index)
         scalar = torch.zeros((), dtype=torch.float32, device=members[0].device)
         scale = next((s["signal_scale"] for p in members if "signal_scale" in (s := self.state.get(p, {}))), scalar)
+        scale, level, error = scale.clone(), scalar.clone(), scalar  # each may be written in place
         for p, t in zip(members, log_w, strict=True):
             self.state[p].update(
                 log_importance=t.to(dtype),
                 log_normalizer=normalizer,
                 signal_scale=scale,
-                water_level=scalar,
-                water_error=scalar,
+                water_level=level,
+                water_error=error,
                 water_target=0.0,  # no level is known
                 simplex_id=_simplex_id(members, index),
             )
@@ -470,20 +487,27 @@ class ImpactSGD(Optimizer):
 
         Raises:
             RuntimeError: masks are wanted and no forward pass has seen them, a gradient is sparse, ``lookahead`` has no
-                closure, or a CUDA graph is being captured. Nothing has changed then.
+                closure, or a CUDA graph is being captured that would not replay what an eager step does. Nothing has
+                changed then.
             ValueError: an option of a group is out of range.
         """
         for group in self.param_groups:
             _check_options(group)
             if group["importance"] == "lookahead" and closure is None:
                 raise RuntimeError('importance="lookahead" evaluates the loss a second time: call step(closure)')
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("ImpactSGD cannot be captured in a CUDA graph: it would replay one mask for ever")
+        capturing = self._is_captured()
+        for group in self.param_groups:
+            _settle_counter(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        if capturing and self._masking.seen and not self._masking.is_captured:
+            raise RuntimeError(
+                "ImpactSGD.step() is being captured in a CUDA graph without the forward pass that has seen its masks, "
+                "and would replay them for ever: capture forward, backward and step() in one graph"
+            )
         self._masking.restore()
 
         judged: list[tuple[dict[str, Any], list[Tensor], list[Tensor | None], list[Simplex]]] = []
@@ -516,7 +540,7 @@ class ImpactSGD(Optimizer):
                     **options,
                 )
                 for i, (budget, log_w) in drawn.items():
-                    stamp = _stamp(params[i], log_w, budget, group, group["step"] + 1)
+                    stamp = _stamp(params[i], log_w, budget, group, self._masking.step + 1)
                     mask = cast(Prepared, masks[i])
                     self._prepared[params[i]] = mask._replace(
                         budget=budget, smallest_divisor=_smallest_divisor(group), stamp=stamp
@@ -534,11 +558,13 @@ class ImpactSGD(Optimizer):
                 )
             for p, d in zip(params, directions, strict=True):
                 if d is not None:
+                    if self.state[p].get(direction) is not d:
+                        _needs_eager(f"{self._name(p)} has no {direction} yet")
                     self.state[p][direction] = d
             if group["importance"] == "lookahead":
                 judged.append((group, params, directions, simplexes))
             else:
-                self._store_simplexes(simplexes)
+                self._store_simplexes(simplexes, group)
 
         if judged:
             self._hold_pruned()  # the network that is judged is the sparse one
@@ -556,7 +582,7 @@ class ImpactSGD(Optimizer):
                                 k, h, simplex.log_importances[k], group["importance_lr"], group["kl_weight"]
                             )
                     simplex.finish()
-                self._store_simplexes(simplexes)
+                self._store_simplexes(simplexes, group)
 
         self._hold_pruned()
         self._new_levels = []
@@ -569,12 +595,23 @@ class ImpactSGD(Optimizer):
         self._masking.end_step()
         return loss
 
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph is being captured; raises where the options do not allow that."""
+        capturing = is_capturing()
+        if capturing and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                "ImpactSGD is being captured in a CUDA graph, which would replay one mask for ever: build it with "
+                "capturable=True, or set group['capturable'] = True in all its groups, and take some steps before"
+            )
+        return capturing
+
     def _lay_out(self, params: list[Tensor]) -> None:
         """Gives the state of each parameter its layout in memory: one that was loaded may have another."""
         for p in params:
             state = self.state.get(p, {})
             for name in ("momentum_buffer", "direction", "log_importance"):
                 if name in state and state[name].stride() != p.stride():
+                    _needs_eager(f"{name} of {self._name(p)} is laid out otherwise")
                     state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
 
     def _check_gradients(self) -> None:
@@ -624,12 +661,12 @@ class ImpactSGD(Optimizer):
             if not any(p in position for p in members):
                 continue
             self._join(members, index, group["importance_dtype"])
+            state = self.state[members[0]]
+            known = state["water_target"]
             for simplex_id, level, solved_for in self._new_levels:
                 if simplex_id == _simplex_id(members, index):
                     error = torch.zeros_like(level)
-                    for p in members:
-                        self.state[p].update(water_level=level, water_error=error, water_target=solved_for)
-            state = self.state[members[0]]
+                    self._share(members, group, water_level=level, water_error=error, water_target=solved_for)
             positions = [position.get(p) for p in members]
             simplex = Simplex(
                 members,
@@ -646,18 +683,27 @@ class ImpactSGD(Optimizer):
             if state["water_target"] == target and None not in positions and _can_follow(simplex, group):
                 simplex.water_level, simplex.water_error = state["water_level"], state["water_error"]
                 simplex.water_target = target
+            if simplex.water_target != known:
+                _needs_eager(f"the water level of the simplex of {self._name(members[0])} is not followed as before")
             simplexes.append(simplex)
         return simplexes
 
-    def _store_simplexes(self, simplexes: list[Simplex]) -> None:
+    def _store_simplexes(self, simplexes: list[Simplex], group: dict[str, Any]) -> None:
         for simplex in simplexes:
             values: dict[str, Any] = {"log_normalizer": simplex.log_normalizer, "signal_scale": simplex.signal_scale}
             if simplex.has_moved:
                 values["water_target"] = simplex.water_target
             if simplex.water_target:
                 values.update(water_level=simplex.water_level, water_error=simplex.water_error)
-            for p in simplex.members:
-                self.state[p].update(values)
+            self._share(simplex.members, group, **values)
+
+    def _share(self, members: list[Tensor], group: dict[str, Any], **values: Any) -> None:
+        """Puts numbers of a simplex into the state of its members."""
+        if group["capturable"]:  # where a graph will look for them
+            own = self.state[members[0]]
+            values = {name: _in_place(own[name], v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        for p in members:
+            self.state[p].update(values)
 
     # ---------------------------------------------------------------- sparse for good
 
@@ -1036,6 +1082,15 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
             default the ranks share their masks (default: False)
         foreach (bool, optional): whether the foreach implementation is used; by default on CUDA (default: None)
         maximize (bool, optional): maximizes the objective (default: False)
+        capturable (bool, optional): whether a CUDA graph may capture a training step: forward pass, backward pass and
+            :meth:`step` in one graph (:func:`torch.cuda.graph`), after a few eager steps of the same kind. Every replay
+            then draws masks of its own and moves all state as an eager step would; the step counter of a group is a
+            tensor on its device. Options are those of the capture for good, drop and learning rates included, whatever
+            a scheduler sets; but a tensor ``lr`` on the device may change in place. Capture anew after
+            ``load_state_dict`` and ``sparsify``, and when groups or what is trained change. A ``GradScaler`` needs
+            ``fused`` in a capture, and with ``fused`` the first replay after weights were changed by hand still sees
+            those of before. Passing True can impair ungraphed performance, so leave it False if no graph is to capture
+            this instance (default: False)
         differentiable (bool, optional): whether autograd occurs through the step in training (default: False)
         fused (bool, optional): whether the step is one compiled pass over memory. It needs :func:`torch.compile` and
             some seconds at the first step. By default it is where that pays and can be had: a group of a million
@@ -1296,6 +1351,7 @@ _STEP_OPTIONS = (
     "kl_weight",
     "scale_steps",
     "maximize",
+    "capturable",
 )
 
 
@@ -1317,6 +1373,7 @@ def impact_sgd(
     scale_steps: bool,
     maximize: bool,
     foreach: bool | None = None,
+    capturable: bool = False,
     differentiable: bool = False,
 ) -> None:
     r"""Functional API that performs the ImpactSGD computation of one parameter group.
@@ -1343,6 +1400,7 @@ def impact_sgd(
         kl_weight=kl_weight,
         scale_steps=scale_steps,
         maximize=maximize,
+        capturable=capturable,
     )
 
 
@@ -1417,6 +1475,7 @@ def _single_tensor_impactsgd(
     kl_weight: float,
     scale_steps: bool,
     maximize: bool,
+    capturable: bool,
 ) -> None:
     place = {i: (simplex, k) for simplex in simplexes for k, i in enumerate(simplex.positions) if i is not None}
     if importance != "lookahead":
@@ -1461,7 +1520,7 @@ def _single_tensor_impactsgd(
 
             if scale_steps and simplex is not None and log_w is not None:
                 grad = grad * (log_w.float() - simplex.log_normalizer.to(log_w.device)).exp_().to(grad.dtype)
-            if isinstance(lr, Tensor) and lr.requires_grad:
+            if isinstance(lr, Tensor) and (lr.requires_grad or capturable):
                 x.addcmul_(grad, lr, value=-1)
             else:
                 x.add_(grad, alpha=-lr)  # type: ignore[arg-type]
@@ -1489,6 +1548,7 @@ def _multi_tensor_impactsgd(
     kl_weight: float,
     scale_steps: bool,
     maximize: bool,
+    capturable: bool,
 ) -> None:
     if not params:
         return
@@ -1529,7 +1589,10 @@ def _multi_tensor_impactsgd(
             places = [place.get(i) for i in at]
             ws = [None if p is None else p[0].weights(p[1]).to(x.dtype) for p, x in zip(places, xs, strict=True)]
             gs = _foreach_times(gs, ws)
-        torch._foreach_add_(xs, gs, alpha=-lr)  # type: ignore[arg-type]
+        if isinstance(lr, Tensor) and capturable:
+            torch._foreach_addcmul_(xs, gs, [lr] * len(xs), value=-1)
+        else:
+            torch._foreach_add_(xs, gs, alpha=-lr)  # type: ignore[arg-type]
 
     for simplex in simplexes:
         steps = {k: signals.get(i) for k, i in enumerate(simplex.positions) if i is not None}
@@ -1554,6 +1617,7 @@ def _fused_impactsgd(
     kl_weight: float,
     scale_steps: bool,
     maximize: bool,
+    capturable: bool,
     rows: list[Rows],
     next_masks: Callable[[list[Tensor]], tuple[Budget, float, list[Tensor]]],
     rounding_keys: Callable[[list[Tensor]], list[Tensor]],
@@ -1663,12 +1727,15 @@ def _fused_impactsgd(
         written += [t for t in (param, directions[i], log_w, weights) if t is not None]
         if simplex is not None and plan.signal is not None:
             simplex.account(k, sums)
-        if i in mask_keys:
-            if id(simplex) not in next_budgets:
-                level = None if simplex is None else simplex.next_level
-                next_budgets[id(simplex)] = budget._replace(log_level=level)
-            drawn[i] = (next_budgets[id(simplex)], log_w)
     increment_version(written)
+    for i in mask_keys:  # not before the last pass has read the level of its masks
+        simplex, k = place.get(i, (None, 0))
+        if id(simplex) not in next_budgets:
+            level = None if simplex is None else simplex.next_level
+            if capturable:
+                level = _in_place(cast(Prepared, masks[i]).budget.log_level, level)
+            next_budgets[id(simplex)] = budget._replace(log_level=level)
+        drawn[i] = (next_budgets[id(simplex)], None if simplex is None else simplex.log_importances[k])
     for simplex in simplexes:
         scale = simplex.signal_scale
         simplex.finish()
@@ -1703,8 +1770,34 @@ def _stamp(param: Tensor, log_w: Tensor | None, budget: Budget, group: dict[str,
     return (*memory, *options)
 
 
+def _in_place(place: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """A value where a graph will look for it."""
+    return value if place is None or value is None else place.copy_(value)
+
+
+def _settle_counter(group: dict[str, Any]) -> None:
+    """Gives the step counter of a group its kind: a number, or a tensor on the device that every replay counts up."""
+    step = group["step"]
+    if not group["capturable"]:
+        group["step"] = int(step)
+    elif group["params"]:
+        device = group["params"][0].device
+        if not isinstance(step, Tensor) or step.device != device:
+            _needs_eager("its step counter is not on the device yet")
+            group["step"] = torch.as_tensor(step, dtype=torch.int64).to(device)
+
+
+def _needs_eager(why: str) -> None:
+    """Raises in a capture, where a replay would do again what is done once."""
+    if is_capturing():
+        raise RuntimeError(
+            f"ImpactSGD cannot be captured in a CUDA graph here, since {why}: take some eager steps of the same kind "
+            "before the capture"
+        )
+
+
 def _keys(
-    params: list[Tensor], index: dict[Tensor, int], group: dict[str, Any], step: int, rank: int = 0
+    params: list[Tensor], index: dict[Tensor, int], group: dict[str, Any], step: int | Tensor, rank: int = 0
 ) -> list[Tensor]:
     """The keys of the rows of each parameter, for its draws at a step."""
     keys: dict[Tensor, Tensor] = {}
@@ -1781,7 +1874,8 @@ def _check_options(options: dict[str, Any]) -> None:
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # to look at it would wait for the device
+    # To look at it would wait for the device; and a replay does not look.
+    on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or options["capturable"])
     if not on_device and not (_is_number(lr) and lr >= 0.0):
         raise ValueError(f"Invalid learning rate: {lr}; it must be finite and not negative")
     if not (_is_number(options["momentum"]) and options["momentum"] >= 0.0):
@@ -1818,8 +1912,10 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(
             f"Invalid importance_dtype: {options['importance_dtype']}; choose torch.float32 or torch.bfloat16"
         )
-    if type(options["step"]) is not int or options["step"] < 0:
-        raise ValueError(f"Invalid step: {options['step']!r}; it counts the steps taken")
+    step = options["step"]
+    is_scalar = isinstance(step, Tensor) and step.dim() == 0 and step.dtype == torch.int64
+    if not is_scalar and not (type(step) is int and step >= 0):
+        raise ValueError(f"Invalid step: {step!r}; it counts the steps taken")
     if options["fused"]:
         for name, value in _NOT_FUSED.items():
             if options[name] == value:

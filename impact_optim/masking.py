@@ -106,7 +106,10 @@ class Masking:
         self._depth = 0
         self._in_backward = False
         self._shadows: list[_Shadow] = []
-        self._step = 0
+        self.step = 0
+        """Grows with every step: the host's own count, since that of the optimizer may be on a device."""
+        self.is_captured = False
+        """Whether the masks have been drawn in the capture of a CUDA graph."""
         self.displaced = False
         """Whether another optimizer has taken over an attached module."""
         self._dense: list[tuple[Tensor, Tensor]] | None = None
@@ -129,7 +132,7 @@ class Masking:
         self._close()
         self._factors = {}
         self.seen = {}
-        self._step += 1
+        self.step += 1
 
     # -- attached modules --
 
@@ -201,7 +204,7 @@ class Masking:
         # masked weights are back in place while the backward pass of this output runs. Whoever keeps the output keeps
         # the hook, and the hook keeps nothing.
         places = [(weakref.ref(part), name, TensorWeakRef(weight)) for part, name, weight in self._shadows]
-        hook = partial(_reopen, weakref.ref(self), weakref.ref(module), places, self._step)
+        hook = partial(_reopen, weakref.ref(self), weakref.ref(module), places, self.step)
         self._close()
         for output in tree_leaves(args[-1]) if places else ():
             if isinstance(output, Tensor) and output.requires_grad:
@@ -298,7 +301,7 @@ def _reopen(
 ) -> None:
     """The gradient hook of an output; see :meth:`Masking._leave`."""
     alive, root = masking(), module()
-    if alive is not None and root is not None and alive._step == step:
+    if alive is not None and root is not None and alive.step == step:
         alive._reopen(root, places)
 
 

@@ -56,6 +56,8 @@ def row_keys(row: Tensor, *, seed: int, step: int | Tensor, tensor: int | Tensor
         seed, step, tensor, rank: the place in the stream; ``seed`` in [0, 2^64), the others in [0, 2^32). ``tensor``
             may be given row by row, and ``step`` as a scalar tensor.
     """
+    if isinstance(step, Tensor):
+        step = step.to(row.device)
     words = philox4x32((row, tensor, step & _WORD, rank), (seed & _WORD, seed >> 32 & _WORD))
     return torch.stack(words[:3], dim=1).to(torch.int32)  # wraps: the bits are what counts
 
@@ -144,6 +146,5 @@ def pareto_sample(probability: Tensor, u: Tensor, size: int) -> Tensor:
     """
     p, u = probability.double(), u.double()
     q = torch.log(u) - torch.log1p(-u) - torch.log(p) + torch.log1p(-p)
-    mask = torch.zeros_like(probability, dtype=torch.bool)
-    mask[torch.argsort(q, stable=True)[:size]] = True
-    return mask
+    kept = torch.argsort(q, stable=True)[:size]
+    return torch.zeros_like(probability, dtype=torch.bool).index_fill_(0, kept, True)

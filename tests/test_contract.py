@@ -46,7 +46,10 @@ BOTH_IMPLEMENTATIONS = pytest.mark.parametrize("foreach", [False, True], ids=["f
 
 
 def optim_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
-    """Options without ``foreach`` and ``differentiable``, which are the tests' to set."""
+    """Options without ``foreach`` and ``differentiable``, which are the tests' to set.
+
+    ``capturable`` is for every device: on a CPU nothing can be captured, and the step is the same.
+    """
     descriptions: dict[str, dict[str, Any]] = {
         "default": {},
         "no masks": {"drop_rate": 0.0, "lr": 0.01},
@@ -76,6 +79,8 @@ def optim_inputs(device: str, dtype: torch.dtype | None = None) -> list[Optimize
         "scale_steps": {"scale_steps": True, "importance_lr": 0.1, "momentum": 0.9},
         "scale_steps without masks": {"scale_steps": True, "drop_rate": 0.0, "importance_lr": 0.1, "simplex": "tensor"},
         "seed": {"seed": 2**40 + 3, "keep_floor": 0.2, "drop_rate": 0.5},
+        "capturable": {"capturable": True, "momentum": 0.9, "drop_rate": 0.3, "importance_lr": 0.1},
+        "capturable with tensor lr": {"capturable": True, "lr": torch.tensor(0.001), "weight_decay": 0.1},
     }
     return [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in descriptions.items()]
 
@@ -145,7 +150,7 @@ INFO = OptimizerInfo(
     supported_impls=("foreach", "differentiable"),
     not_og_supported_flags=(),
     supports_sparse=False,
-    has_capturable_arg=False,
+    has_capturable_arg=True,
     supports_complex=False,
     step_requires_closure=False,
     supports_param_groups=True,
@@ -260,6 +265,9 @@ def test_arguments_of_sgd_have_its_names_order_and_defaults():
     assert [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     for name in (*positional, "foreach", "maximize", "differentiable"):
         assert ours[name].default == sgd[name].default, name
+    adam = inspect.signature(torch.optim.Adam.__init__).parameters  # has capturable, too
+    flags = [name for name in adam if name in ours and ours[name].kind is inspect.Parameter.KEYWORD_ONLY]
+    assert [name for name in ours if name in flags] == flags == [*flags[:-3], "capturable", "differentiable", "fused"]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ SETTINGS = {
     "drop important, maximize": {"drop": "important", "maximize": True},
     "no rescaling, dampening": {"rescale": "none", "dampening": 0.3},
     "one simplex per tensor": {"simplex": "tensor"},
+    "capturable": {"capturable": True, "lr": torch.tensor(0.01)},
 }
 SLOW = ["hypergradient without momentum"]
 
@@ -179,12 +180,17 @@ class _NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"simplex": "tensor"}, {"importance": "uniform"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"simplex": "tensor"}, {"importance": "uniform"}, {"capturable": True, "lr": torch.tensor(0.01)}],
+    ids=str,
+)
 def test_no_step_and_no_masked_pass_waits_for_a_device(options, monkeypatch):
     # A compiled function does not run under a dispatch mode.
     monkeypatch.setattr(fused, "compiled", lambda function, plan: functools.partial(function, plan=plan))
     model = Stack()
-    optimizer = ImpactSGD(model, lr=0.01, momentum=0.9, weight_decay=1e-3, drop_rate=0.3, fused=True, **options)
+    options = {"lr": 0.01, **options}
+    optimizer = ImpactSGD(model, momentum=0.9, weight_decay=1e-3, drop_rate=0.3, fused=True, **options)
     for step in range(3):
         optimizer.zero_grad()
         inputs = targets(step)
