@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import impact_optim.impact_sgd
+import impact_optim.importances
 from impact_optim import ImpactSGD
 from impact_optim.sampling import bit_blocks, stochastic_round
 
@@ -61,7 +61,7 @@ def test_the_trajectory_is_that_of_float32_on_average():
 
 
 def test_rounding_to_the_nearest_would_not_follow(monkeypatch):
-    monkeypatch.setattr(impact_optim.impact_sgd, "stochastic_round", lambda x, bits: x.to(torch.bfloat16).float())
+    monkeypatch.setattr(impact_optim.importances, "stochastic_round", lambda x, bits: x.to(torch.bfloat16).float())
     exact = weights_under_a_constant_gradient(400, **SLOW).mean(1)
     found = weights_under_a_constant_gradient(400, importance_dtype=torch.bfloat16, **SLOW)
     assert (found.mean(1) - exact).abs().max() > 0.01
