@@ -36,6 +36,7 @@ TITLES = {
     "digits-mlp": "digits, MLP",
     "fashion5k-cnn": "Fashion-MNIST 5k, CNN",
     "fashion5k-resnet18": "Fashion-MNIST 5k, ResNet-18",
+    "fashion-resnet18": "Fashion-MNIST, ResNet-18",
 }
 
 
@@ -265,6 +266,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sparse-levels": sparse_levels,
     "pruned": lambda: simple("pruned", 2),
     "resnet": lambda: simple("resnet"),
+    "full": lambda: simple("full"),
     "times": times,
 }
 

@@ -42,13 +42,15 @@ from impact_optim.experiments.training import Recipe, train
 RESULTS = Path(__file__).parent / "results.jsonl"
 SIGNALS["fisher-shuffled"] = shuffled_fisher
 
+_OF_TUNING = ("name", "lrs", "drop_rates", "tuning_seeds", "tuned_on", "tuned_as")  # no run depends on these
+
 Settings = dict[str, Any]
 
 
 def settings_of(task: Task, arm: Arm, lr: float, drop_rate: float, heldout: str, seed: int) -> Settings:
     """All that a run depends on."""
-    of_task = {k: v for k, v in asdict(task).items() if k not in ("name", "lrs", "drop_rates", "tuning_seeds")}
-    of_arm = {k: v for k, v in asdict(arm).items() if k not in ("name", "drop_rates", "lrs", "tuned_as")}
+    of_task = {k: v for k, v in asdict(task).items() if k not in _OF_TUNING}
+    of_arm = {k: v for k, v in asdict(arm).items() if k not in _OF_TUNING}
     settings = {**of_task, **of_arm, "lr": lr, "drop_rate": drop_rate, "heldout": heldout, "seed": seed}
     return json.loads(json.dumps(settings))
 
@@ -82,6 +84,8 @@ def validated(task: Task, arm: Arm, results: Mapping[str, Any]) -> dict[tuple[fl
 
 def tuned(task: Task, arm: Arm, results: Mapping[str, Any]) -> tuple[float, float] | None:
     """The learning rate and drop rate that did best on the validation split; ``None`` before all were tried."""
+    if task.tuned_on is not None:
+        return tuned(TASKS[task.tuned_on], arm, results)
     if arm.tuned_as is not None:
         question, name = arm.tuned_as
         arms = next(q.arms for q in QUESTIONS if q.name == question)
@@ -197,7 +201,7 @@ def wanted(questions: list[Question], tasks: list[str], results: Mapping[str, An
                 best = tuned(task, arm, results)
                 if best is not None:
                     found = [settings_of(task, arm, *best, "test", seed) for seed in TEST_SEEDS]
-                elif arm.tuned_as is None:
+                elif arm.tuned_as is None and task.tuned_on is None:
                     found = [
                         settings_of(task, arm, lr, rate, "validation", seed)
                         for lr, rate in tuning_grid(task, arm)
