@@ -87,7 +87,7 @@ FASHION = Task(
     "fashion-resnet18",
     "fashion-mnist",
     "resnet18",
-    epochs=4,
+    epochs=3,
     batch=100,
     width=8,
     precision="bfloat16",
@@ -135,7 +135,7 @@ BEST = [
 ]
 IMPORTANT = [
     Arm(f"{which}, {rate}", "saliency", {"drop": which}, drop_rates=(rate,))
-    for rate in (0.05, 0.1)
+    for rate in (0.05, 0.1, 0.3)
     for which in ("unimportant", "important")
 ]
 SCALED = [
@@ -210,7 +210,8 @@ QUESTIONS = [
     Question("resnet", RESIDUAL, (FASHION_5K_RESNET.name, CIFAR10.name)),
     Question("full", FULL, (FASHION.name,)),
     Question("pruned", PRUNED, (FASHION_5K.name,)),
-    *(Question(f"sparse-{s}", sparse(s), (MNIST1D_MLP.name,)) for s in (0.5, 0.8, 0.95)),
+    Question("sparse-0.5", sparse(0.5), (MNIST1D_MLP.name,)),
+    *(Question(f"sparse-{s}", sparse(s), (MNIST1D_MLP.name, MNIST1D_CNN.name)) for s in (0.8, 0.95)),
     Question("equal-0.5", at_rate(0.5), (MNIST1D_MLP.name, DIGITS.name)),
     Question("important", IMPORTANT, (MNIST1D_MLP.name, DIGITS.name)),
     Question("scaled", SCALED, (MNIST1D_MLP.name, DIGITS.name)),

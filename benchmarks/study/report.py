@@ -212,19 +212,19 @@ def sparse_tasks() -> str:
 
 
 SPARSITIES = ("0.5", "0.8", "0.9", "0.95")
+LEVEL_TASKS = ("mnist1d-mlp", "mnist1d-cnn")
 
 
-def sparsities() -> list[str]:
-    task = TASKS["mnist1d-mlp"]
+def sparsities(task: Task) -> list[str]:
     return [s for s in SPARSITIES if task in tasks_of(f"sparse-{s}")]
 
 
 def sparse_levels() -> str:
-    task = TASKS["mnist1d-mlp"]
-    found = sparsities()
-    table = [["arm", *(f"{100 * float(s):g}%" for s in found)]]
+    tasks = [TASKS[name] for name in LEVEL_TASKS]
+    columns = [(task, s) for task in tasks for s in sparsities(task)]
+    table = [["arm", *(f"{TITLES[task.name]}: {100 * float(s):g}%" for task, s in columns)]]
     for i, arm in enumerate(arms_of("sparse-0.9")):
-        table.append([arm.name, *(shown(runs_of(task, arms_of(f"sparse-{s}")[i]), final) for s in found)])
+        table.append([arm.name, *(shown(runs_of(task, arms_of(f"sparse-{s}")[i]), final) for task, s in columns)])
     return markdown(table)
 
 
@@ -280,16 +280,26 @@ def draw() -> None:
     matplotlib.use("Agg")
     from impact_optim.plots import arm_colors, plot_convergence
 
-    def forest(name: str, tasks: list[Task], rows: list[tuple[str, Arm]], reference: Callable[[Task], Arm], label: str):
+    def forest(
+        name: str,
+        tasks: list[Task],
+        rows: list[tuple[str, Arm]],
+        reference: Arm | Callable[[Task], Arm],
+        versus: str,
+    ) -> None:
         """Paired differences with their intervals, a panel per task."""
+        if not tasks:
+            return
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(2.4 * len(tasks) + 1.4, 0.32 * len(rows) + 1.0), layout="constrained")
+        figure = Figure(figsize=(2.4 * len(tasks) + 1.8, 0.32 * len(rows) + 1.0), layout="constrained")
         axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+        is_cut = False
         for ax, task in zip(axes, tasks, strict=True):
-            base = runs_of(task, reference(task))
+            base = runs_of(task, reference if isinstance(reference, Arm) else reference(task))
             for y, (_, arm) in enumerate(rows):
                 mean, half = difference(runs_of(task, arm), base, final)
+                is_cut |= mean < -20
                 color = "#009E73" if mean > half else "#D55E00" if mean < -half else "0.4"
                 ax.errorbar(max(mean, -20), y, xerr=half if mean > -20 else 0, fmt="o", color=color, capsize=2)
             ax.axvline(0, color="0.6", linewidth=0.8)
@@ -300,33 +310,42 @@ def draw() -> None:
             ax.set_xlim(max(low, -20.5), high)
             ax.grid(axis="x", color="0.9")
             ax.spines[["top", "right"]].set_visible(False)
+        label = f"test accuracy − {versus}: points, 95% interval" + (" (below −20: at −20)" if is_cut else "")
         figure.supxlabel(label, fontsize=9)
         figure.savefig(IMAGES / f"{name}.png", dpi=130)
 
-    tasks = tasks_of("baselines", "equal-0.3")
-    if tasks:
-        uniform = arms_of("equal-0.3")[0]
-        rows = [("SGD", arms_of("baselines")[0]), *named("equal-0.3")[1:]]
-        label = "test accuracy − uniform masks, points, 95% interval (below −20: at −20)"
-        forest("study_equal", tasks, rows, lambda task: uniform, label)
-    tasks = tasks_of("baselines", "best")
-    if tasks:
-        rows = [*named("baselines"), *named("best")]
-        forest("study_best", tasks, rows, strongest, "test accuracy − strongest baseline, points, 95% interval")
+    sgd = arms_of("baselines")[0]
+    for rate in ("0.3", "0.5"):
+        question = f"equal-{rate}"
+        rows = [("SGD", sgd), *named(question)[1:]]
+        forest(f"study_{question}", tasks_of("baselines", question), rows, arms_of(question)[0], "uniform masks")
+    rows = [*named("baselines"), *named("best")]
+    forest("study_best", tasks_of("baselines", "best"), rows, strongest, "strongest baseline")
+    rows = [*named("baselines"), *named("scaled")][1:]
+    forest("study_scaled", tasks_of("baselines", "scaled"), rows, sgd, "SGD")
+    for question, reference, name in (
+        ("important", 0, "unimportant, 0.05"),
+        ("details", 0, "as is"),
+        ("sparse-0.9", 1, "gradual magnitude"),
+        ("pruned", 2, "SGD cut by l1"),
+        ("resnet", 0, "SGD"),
+        ("full", 0, "SGD"),
+    ):
+        rows = [row for i, row in enumerate(named(question)) if i != reference]
+        forest(f"study_{question}", tasks_of(question), rows, arms_of(question)[reference], name)
     task = TASKS["mnist1d-mlp"]
     if task in tasks_of("baselines", "equal-0.3"):
         rows = [("SGD", arms_of("baselines")[0]), *named("equal-0.3")]
         curves = {n: [[100 * a for a in run["accuracy"]] for run in runs_of(task, arm)] for n, arm in rows}
         figure = plot_convergence({"test accuracy (%)": curves}, arm_colors([n for n, _ in rows]))
         figure.savefig(IMAGES / "study_convergence.png", dpi=130)
-    found = sparsities()
-    if len(found) > 1:
-        from matplotlib.figure import Figure
+    from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-        ax = figure.subplots()
-        names = [arm.name for arm in arms_of("sparse-0.9")]
-        colors = arm_colors(names)
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    names = [arm.name for arm in arms_of("sparse-0.9")]
+    colors = arm_colors(names)
+    for ax, task in zip(figure.subplots(1, len(LEVEL_TASKS)), map(TASKS.__getitem__, LEVEL_TASKS), strict=True):
+        found = sparsities(task)
         for i, name in enumerate(names):
             values = [[final(run) for run in runs_of(task, arms_of(f"sparse-{s}")[i])] for s in found]
             ax.errorbar(
@@ -339,15 +358,14 @@ def draw() -> None:
                 markersize=4,
                 capsize=2,
             )
-        dense = fmean(map(final, runs_of(task, arms_of("baselines")[0])))
-        ax.axhline(dense, color="0.6", linestyle=":", label="dense SGD")
+        ax.axhline(fmean(map(final, runs_of(task, sgd))), color="0.6", linestyle=":", label="dense SGD")
         ax.set_xlabel("zero weights (%)")
-        ax.set_ylabel("test accuracy (%)")
         ax.set_title(TITLES[task.name], fontsize=9)
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8)
-        figure.savefig(IMAGES / "study_sparse.png", dpi=130)
+    figure.axes[0].set_ylabel("test accuracy (%)")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(IMAGES / "study_sparse.png", dpi=130)
 
 
 def filled(page: str) -> str:
