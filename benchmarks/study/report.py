@@ -211,6 +211,17 @@ def sparse_tasks() -> str:
     return compared(tasks_of("baselines", "sparse-0.9"), rows, lambda task: gradual, final, "− gradual magnitude")
 
 
+def pruned_rows() -> list[tuple[str, Arm]]:
+    uncut = [("SGD, uncut", arms_of("baselines")[0])]
+    uncut += [("saliency, uncut", arm) for name, arm in named("best") if name == "saliency"]
+    return [*uncut, *named("pruned")]
+
+
+def pruned() -> str:
+    l1 = arms_of("pruned")[2]
+    return compared(tasks_of("baselines", "best", "pruned"), pruned_rows(), lambda task: l1, final, "− SGD, l1")
+
+
 SPARSITIES = ("0.5", "0.8", "0.9", "0.95")
 LEVEL_TASKS = ("mnist1d-mlp", "mnist1d-cnn")
 
@@ -264,7 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "details": lambda: simple("details"),
     "sparse-tasks": sparse_tasks,
     "sparse-levels": sparse_levels,
-    "pruned": lambda: simple("pruned", 2),
+    "pruned": pruned,
     "resnet": lambda: simple("resnet"),
     "full": lambda: simple("full"),
     "times": times,
@@ -323,11 +334,13 @@ def draw() -> None:
     forest("study_best", tasks_of("baselines", "best"), rows, strongest, "strongest baseline")
     rows = [*named("baselines"), *named("scaled")][1:]
     forest("study_scaled", tasks_of("baselines", "scaled"), rows, sgd, "SGD")
+    l1 = arms_of("pruned")[2]
+    rows = [row for row in pruned_rows() if row[1] != l1]
+    forest("study_pruned", tasks_of("baselines", "best", "pruned"), rows, l1, "SGD cut by l1")
     for question, reference, name in (
         ("important", 0, "unimportant, 0.05"),
         ("details", 0, "as is"),
         ("sparse-0.9", 1, "gradual magnitude"),
-        ("pruned", 2, "SGD cut by l1"),
         ("resnet", 0, "SGD"),
         ("full", 0, "SGD"),
     ):
