@@ -1,4 +1,4 @@
-"""What the study compares with that is no arm of the main job: RigL, and signals that control for the learnt ones."""
+"""What the study compares with that is no arm of the main job: RigL, LAMP, and a control for the learnt signals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from impact_optim import ImpactSGD
 
 
 class RigL(torch.optim.SGD):
@@ -84,3 +86,22 @@ def shuffled_fisher(weight: Tensor, grad: Tensor, direction: Tensor | None, lr: 
     The order is reversed within the part of the tensor that the step has at hand, which is the same in every step.
     """
     return -grad.square().reshape(-1).flip(0).view_as(grad)
+
+
+class GradualLAMP(ImpactSGD):
+    """Takes the sizes of weights by their layers, so that magnitude pruning over all layers empties none of them."""
+
+    def _scores(self, members: list[Tensor], *_: Any) -> list[Tensor]:
+        return [lamp(p.detach()) for p in members]
+
+
+def lamp(weight: Tensor) -> Tensor:
+    """The square of each weight over the sum of the squares of all that are not smaller in its tensor.
+
+    Source: Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, ICLR 2021.
+    """
+    squares = weight.double().square().flatten()
+    ordered, order = squares.sort(descending=True)
+    scores = torch.empty_like(squares)
+    scores[order] = ordered / ordered.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    return scores.view_as(weight)

@@ -40,7 +40,7 @@ class Arm:
 
     name: str
     base: str
-    """An arm of the main job, or ``"rigl"``."""
+    """An arm of the main job, or a peer: ``"rigl"``, ``"gradual-lamp"``."""
     options: dict[str, Any] = field(default_factory=dict)
     drop_rates: tuple[float, ...] | None = (0.0,)
     """What is tuned; ``None`` takes the task's."""
@@ -165,6 +165,7 @@ def sparse(sparsity: float) -> list[Arm]:
     return [
         arm("one-shot magnitude", "baseline"),
         arm("gradual magnitude", "gradual-magnitude"),
+        arm("gradual, LAMP", "gradual-lamp"),
         arm("RigL", "rigl"),
         arm("uniform, then magnitude", "dropconnect", drop_rate=0.1),
         arm("saliency ramp", "saliency", RAMPED, 0.1),

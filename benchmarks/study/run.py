@@ -29,11 +29,11 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import RigL, shuffled_fisher
+from peers import GradualLAMP, RigL, shuffled_fisher
 from plan import CIFAR10, QUESTIONS, TASKS, TEST_SEEDS, Arm, Question, Task
 
 from impact_optim import SIGNALS
-from impact_optim.experiments.arms import arm_options, build_optimizer
+from impact_optim.experiments.arms import GRADUAL, arm_options, build_optimizer
 from impact_optim.experiments.data import Data, batch_count, load_data
 from impact_optim.experiments.pruning import Pruning
 from impact_optim.experiments.sparse import CannotBeSparse
@@ -152,12 +152,18 @@ def run(settings: Settings) -> dict[str, Any]:
         steps = settings["epochs"] * batch_count(data, settings["batch"])
         return RigL(model, sparsity=settings["sparsity"], steps=steps, seed=seed, **options)
 
+    def by_lamp(arm: str, model: nn.Module, options: Mapping[str, Any], seed: int) -> torch.optim.Optimizer:
+        return GradualLAMP(model, seed=seed, **options)
+
     if base == "rigl":
         options, build = common, rigl
     else:
+        is_lamp = base == "gradual-lamp"  # another score on the same ramp
+        base = GRADUAL if is_lamp else base
         to_be_sparse = settings["sparsity"] is not None
         common["drop_rate"] = settings["drop_rate"]
         options, build = arm_options([base], common, to_be_sparse=to_be_sparse)[base], build_optimizer
+        build = by_lamp if is_lamp else build
         options.update(settings["options"])
         if "importance" in options:
             options["fused"] = True  # the same masks, sooner
