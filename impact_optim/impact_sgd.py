@@ -135,7 +135,9 @@ class ImpactSGD(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # options that came after the checkpoint
+        self.defaults.setdefault("importance_dtype", torch.float32)  # options that came after the checkpoint
+        self.defaults.setdefault("capturable", False)
+        for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         if "_masking" not in self.__dict__:  # a copy or an unpickled optimizer is attached to nothing
@@ -299,6 +301,7 @@ class ImpactSGD(Optimizer):
             factors.clear()
             self._masking.seen.clear()
             self._masking.is_captured = capturing
+            self._new_levels = []  # what a capture has solved for is no number yet
         for group in self.param_groups:
             _check_options(group)
             _settle_counter(group)
@@ -341,7 +344,7 @@ class ImpactSGD(Optimizer):
         """The masked weights of a parameter: those that the last fused step has left, or new ones."""
         p = budget.members[k]
         log_w = None if budget.log_w is None else budget.log_w[k]
-        stamp = _stamp(p, log_w, budget, group, self._masking.step)
+        stamp = _stamp(p, log_w, budget, group, self._count(group))
         left = self._prepared.get(p)
         if left is not None and left.stamp == stamp and not budget.is_new:
             return left.weights
@@ -367,7 +370,7 @@ class ImpactSGD(Optimizer):
         else:
             self._rows_of(p).run(mask_pass, Plan(), numbers, keys, x=p.detach(), log_w=log_w, masked=weights)
             increment_version(weights)
-        if group["capturable"] and left is not None:
+        if group["capturable"] and left is not None and self._is_joined(budget.members, index):
             budget = budget._replace(log_level=_in_place(left.budget.log_level, budget.log_level))
         self._prepared[p] = Prepared(weights, budget, divisor, stamp)
         return weights
@@ -491,10 +494,11 @@ class ImpactSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        if capturing and self._masking.seen and not self._masking.is_captured:
+        if self._masking.seen and capturing != self._masking.is_captured:
+            which = "step()" if capturing else "the forward pass that has seen the masks"
             raise RuntimeError(
-                "ImpactSGD.step() is being captured in a CUDA graph without the forward pass that has seen its masks, "
-                "and would replay them for ever: capture forward, backward and step() in one graph"
+                f"ImpactSGD: {which} has been captured in a CUDA graph without the other, and would replay one mask "
+                "for ever: capture forward, backward and step() in one graph"
             )
         self._masking.restore()
 
@@ -528,7 +532,7 @@ class ImpactSGD(Optimizer):
                     **options,
                 )
                 for i, (budget, log_w) in drawn.items():
-                    stamp = _stamp(params[i], log_w, budget, group, self._masking.step + 1)
+                    stamp = _stamp(params[i], log_w, budget, group, self._count(group) + 1)
                     mask = cast(Prepared, masks[i])
                     self._prepared[params[i]] = mask._replace(
                         budget=budget, smallest_divisor=_smallest_divisor(group), stamp=stamp
@@ -582,6 +586,10 @@ class ImpactSGD(Optimizer):
                         self.state[p]["water_target"] = 0.0
         self._masking.end_step()
         return loss
+
+    def _count(self, group: dict[str, Any]) -> int:
+        """The steps of a group, or where they are counted on a device, those that the host has seen."""
+        return group["step"] if type(group["step"]) is int else self._masking.step
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph is being captured; raises where the options do not allow that."""
@@ -650,11 +658,6 @@ class ImpactSGD(Optimizer):
                 continue
             self._join(members, index, group["importance_dtype"])
             state = self.state[members[0]]
-            known = state["water_target"]
-            for simplex_id, level, solved_for in self._new_levels:
-                if simplex_id == _simplex_id(members, index):
-                    error = torch.zeros_like(level)
-                    self._share(members, group, water_level=level, water_error=error, water_target=solved_for)
             positions = [position.get(p) for p in members]
             simplex = Simplex(
                 members,
@@ -668,11 +671,17 @@ class ImpactSGD(Optimizer):
                 place = {"seed": group["seed"], "step": group["step"], "rank": ROUNDING}
                 simplex.rounding = [bit_blocks(p.numel(), tensor=index[p], device=p.device, **place) for p in members]
             target = fill_target(group["drop_rate"], group["keep_floor"], group["drop"])
-            if state["water_target"] == target and None not in positions and _can_follow(simplex, group):
+            new = {simplex_id: (level, solved_for) for simplex_id, level, solved_for in self._new_levels}
+            level, solved_for = new.get(_simplex_id(members, index), (None, state["water_target"]))
+            follows = solved_for == target and None not in positions and _can_follow(simplex, group)
+            if (target if follows else 0.0) != state["water_target"]:
+                _needs_eager(f"the water level of the simplex of {self._name(members[0])} is not followed as before")
+            if level is not None:
+                error = torch.zeros_like(level)
+                self._share(members, group, water_level=level, water_error=error, water_target=solved_for)
+            if follows:
                 simplex.water_level, simplex.water_error = state["water_level"], state["water_error"]
                 simplex.water_target = target
-            if simplex.water_target != known:
-                _needs_eager(f"the water level of the simplex of {self._name(members[0])} is not followed as before")
             simplexes.append(simplex)
         return simplexes
 
@@ -1051,8 +1060,9 @@ ImpactSGD.__doc__ = r"""Implements SGD with learnt importances and importance-dr
         kl_weight (float, optional): λ, the temperature: a constant u leads to w ∝ exp(-u/λ); 0 lets one weight take
             everything (default: 10)
         importance_dtype (torch.dtype, optional): in which the log-importances are stored. ``torch.bfloat16`` takes 2
-            bytes a weight instead of 4, and is rounded up or down at random so that the mean is right; the importances
-            then differ by a rounding of up to 1% that does not add up (default: torch.float32)
+            bytes a weight instead of 4, and is rounded up or down at random so that the mean is right: at every step by
+            up to 0.4% (of log w), which the KL term forgets at the rate ηλ. Without it, and where a tensor has no
+            gradient, it adds up as a random walk (default: torch.float32)
         simplex (str, optional): ``"group"``, one simplex over a parameter group, or ``"tensor"``, one per tensor
             (default: ``"group"``)
         drop (str, optional): what is dropped first, ``"unimportant"`` or ``"important"`` (default: ``"unimportant"``)
@@ -1646,7 +1656,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     # To look at it would wait for the device; and a replay does not look.
-    on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or options["capturable"])
+    on_device = isinstance(lr, Tensor) and (lr.device.type != "cpu" or is_capturing())
     if not on_device and not (_is_number(lr) and lr >= 0.0):
         raise ValueError(f"Invalid learning rate: {lr}; it must be finite and not negative")
     if not (_is_number(options["momentum"]) and options["momentum"] >= 0.0):

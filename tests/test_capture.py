@@ -492,16 +492,58 @@ DONE_ONCE: dict[str, tuple[dict[str, Any], int, Callable[[Run], Any], str]] = {
 
 @pytest.mark.parametrize("case", DONE_ONCE)
 def test_a_capture_of_what_is_done_once_is_refused(case, captured):
-    """And one of the step after it is not."""
+    """It leaves nothing behind, and a capture of the steps after it is none of these."""
     options, steps, change, message = DONE_ONCE[case]
-    run = Run(**options, capturable=True)
-    run.model[0].weight.requires_grad_(case != "a tensor that joins a simplex")
-    run.eager(steps)
-    change(run)
+    run, other = Run(**options, capturable=True), Run(**options, capturable=True)
+    for each in (run, other):
+        each.model[0].weight.requires_grad_(case != "a tensor that joins a simplex")
+        each.eager(steps)
+        change(each)
+    data = run.data.get_state()
     with pytest.raises(RuntimeError, match=f"cannot be captured in a CUDA graph here.*{message}.*eager steps"):
         captured(run)
+    run.data.set_state(data)
     run.eager(2)
+    other.eager(2)
+    assert_same(run, other)
     captured(run)
+
+
+def test_a_forward_pass_captured_without_its_step_is_refused(monkeypatch):
+    run = Run(capturable=True)
+    run.eager(3)
+    with capture(monkeypatch):
+        run.optimizer.zero_grad()
+        run.model(run.x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"forward, backward and step\(\) in one graph"):
+        run.optimizer.step()
+
+
+def test_the_simplex_of_a_capturable_fused_run_may_change():
+    runs = [Run(fused=True, capturable=capturable) for capturable in (True, False)]
+    for run in runs:
+        run.eager(3)
+        run.optimizer.param_groups[0]["simplex"] = "tensor"
+        run.eager(3)
+    assert_same(*runs)
+
+
+def test_a_learning_rate_on_the_host_is_checked():
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        Run(capturable=True, lr=torch.tensor(-1.0))
+
+
+def test_an_optimizer_pickled_before_there_was_the_option_goes_on():
+    run = Run()
+    run.eager(2)
+    state = run.optimizer.__getstate__()
+    for options in (state["defaults"], *state["param_groups"]):
+        for name in ("capturable", "importance_dtype"):
+            del options[name]
+    old = object.__new__(type(run.optimizer))
+    old.__setstate__(state)
+    assert old.param_groups[0]["capturable"] is False
+    assert old.param_groups[0]["importance_dtype"] == torch.float32
 
 
 # ------------------------------------------------------------------------------------------ state

@@ -535,3 +535,20 @@ def test_on_a_gpu():
             optimizer.step()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=2e-5, atol=2e-6)
+
+
+def test_a_step_counter_set_by_hand_draws_other_masks():
+    shown = []
+    for options in ({"fused": True}, {"fused": False, "foreach": False}):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 200)
+        optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5, **options)
+        for step in (1, 2, 100):
+            optimizer.param_groups[0]["step"] = step
+            optimizer.zero_grad()
+            model(torch.eye(64)).square().sum().backward()
+            optimizer.step()
+        optimizer.param_groups[0]["step"] = 7
+        shown.append((model(torch.eye(64)) - model.bias).detach() == 0)
+    assert 0.3 < shown[0].float().mean() < 0.7
+    assert (shown[0] != shown[1]).float().mean() < 1e-3
