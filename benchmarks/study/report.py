@@ -263,6 +263,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal-0.3": lambda: equal("0.3", final),
     "equal-0.3-early": lambda: equal("0.3", early),
     "equal-0.5": lambda: equal("0.5", final),
+    "equal-0.5-early": lambda: equal("0.5", early),
     "best": lambda: best(final),
     "best-early": lambda: best(early),
     "best-sgd": best_against_sgd,
