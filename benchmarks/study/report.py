@@ -368,10 +368,12 @@ def draw() -> None:
                 yerr=[stdev(v) for v in values],
                 label=name,
                 color=colors[name],
+                linestyle="-" if name.endswith("ramp") else "--",
                 marker="o",
                 markersize=4,
                 capsize=2,
             )
+        ax.set_xticks([100 * float(s) for s in found])
         ax.axhline(fmean(map(final, runs_of(task, sgd))), color="0.6", linestyle=":", label="dense SGD")
         ax.set_xlabel("zero weights (%)")
         ax.set_title(TITLES[task.name], fontsize=9)
