@@ -26,7 +26,7 @@ import torch._inductor.test_operators
 from torch import Tensor
 
 from .layout import BLOCK, blocks
-from .sampling import ROW, row_bits, stochastic_round
+from .sampling import ROW, kept_bits, row_bits, stochastic_round
 from .simplex import CLIP, LOG_BOUND
 
 
@@ -137,8 +137,7 @@ def _masked_weights(x: Tensor, filled: Tensor | None, keys: Tensor, position: Te
         keep = c.next_keep_offset + c.next_keep_slope * filled.to(x.dtype)
     value = x / (torch.relu(keep - c.next_smallest_divisor) + c.next_smallest_divisor)
     value = value + c.zero  # a kept -0.0 becomes 0.0; it is no dropped weight
-    threshold = (keep * 2.0**31 - 2.0**30).to(torch.int32)  # as sampling.kept_bits
-    kept = ((row_bits(keys.unsqueeze(1), position) >> 1) - threshold) >> 31  # all ones or all zeros
+    kept = kept_bits(row_bits(keys.unsqueeze(1), position), keep)
     if value.dtype != torch.float32:
         return torch.where(kept != 0, value, c.dropped) * c.one
     return ((value.view(torch.int32) & kept) | (c.dropped.view(torch.int32) & (kept ^ -1))).view(torch.float32) * c.one

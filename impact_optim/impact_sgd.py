@@ -442,10 +442,10 @@ class ImpactSGD(Optimizer):
         leaves (frozen) or shrinks in (pruned) keeps the ratios of what it knows and is normalised anew.
         """
         if self._is_joined(members, index):
-            for p in members:  # no copy, but where the option has changed
-                if self.state[p]["log_importance"].dtype != dtype:
+            for p in members:
+                if self.state[p]["log_importance"].dtype != dtype:  # the option has changed
                     _needs_eager(f"the log-importances of {self._name(p)} are not stored in {dtype} yet")
-                self.state[p]["log_importance"] = self.state[p]["log_importance"].to(dtype)
+                    self.state[p]["log_importance"] = self.state[p]["log_importance"].to(dtype)
             return
         _needs_eager(f"the simplex of {self._name(members[0])} is a new one")
         log_w, normalizer = self._log_importances(members, index)

@@ -217,22 +217,19 @@ class Simplex:
         """The scalars for the next step."""
         if not self._descended:
             return
-        moved: list[Tensor] = []
-        idle: list[Tensor] = []
-        for k, log_w in enumerate(self.log_importances):
-            (moved if k in self._descended else idle).append(log_w)
-        n, n_moved, n_idle = (sum(t.numel() for t in ts) for ts in (self.log_importances, moved, idle))
+        idle = {k: log_w for k, log_w in enumerate(self.log_importances) if k not in self._descended}
+        n, n_idle = (sum(t.numel() for t in ts) for ts in (self.log_importances, idle.values()))
+        n_moved = n - n_idle
         device, scale = self.signal_scale.device, self.signal_scale
         # The importances of a tensor without a signal stay as they are; those of the others keep their total.
         normalizer = (total(self._raised).to(device) / n_moved).log()
         if self.next_level is not None:
             normalizer = normalizer - self.next_level.to(device)
         if idle:
-            total_idle = n_idle * (log_mean_exp(idle).to(device) - self.log_normalizer).exp()
+            total_idle = n_idle * (log_mean_exp(list(idle.values())).to(device) - self.log_normalizer).exp()
             normalizer = normalizer - ((n - total_idle).clamp_min(torch.finfo(torch.float32).tiny) / n_moved).log()
-            for k, log_w in enumerate(self.log_importances):
-                if k not in self._descended:
-                    self._store(k, log_w, log_w.float() + (normalizer - self.log_normalizer).to(log_w.device))
+            for k, log_w in idle.items():
+                self._store(k, log_w, log_w.float() + (normalizer - self.log_normalizer).to(log_w.device))
         self.log_normalizer = normalizer
         if self.next_level is None:
             self.water_target = 0.0  # no level is known any more

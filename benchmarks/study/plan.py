@@ -213,7 +213,7 @@ QUESTIONS = [
     Question("pruned", PRUNED, (FASHION_5K.name,)),
     Question("sparse-0.5", sparse(0.5), (MNIST1D_MLP.name,)),
     *(Question(f"sparse-{s}", sparse(s), (MNIST1D_MLP.name, MNIST1D_CNN.name)) for s in (0.8, 0.95)),
-    Question("equal-0.5", at_rate(0.5), (MNIST1D_MLP.name, DIGITS.name)),
+    *(Question(f"equal-{rate}", at_rate(rate), (MNIST1D_MLP.name, DIGITS.name)) for rate in (0.1, 0.5)),
     Question("important", IMPORTANT, (MNIST1D_MLP.name, DIGITS.name)),
     Question("scaled", SCALED, (MNIST1D_MLP.name, DIGITS.name)),
     Question("details", DETAILS, (MNIST1D_MLP.name, MNIST1D_CNN.name)),

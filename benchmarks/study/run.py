@@ -158,12 +158,12 @@ def run(settings: Settings) -> dict[str, Any]:
     if base == "rigl":
         options, build = common, rigl
     else:
-        is_lamp = base == "gradual-lamp"  # another score on the same ramp
-        base = GRADUAL if is_lamp else base
+        build = build_optimizer
+        if base == "gradual-lamp":  # another score on the same ramp
+            base, build = GRADUAL, by_lamp
         to_be_sparse = settings["sparsity"] is not None
         common["drop_rate"] = settings["drop_rate"]
-        options, build = arm_options([base], common, to_be_sparse=to_be_sparse)[base], build_optimizer
-        build = by_lamp if is_lamp else build
+        options = arm_options([base], common, to_be_sparse=to_be_sparse)[base]
         options.update(settings["options"])
         if "importance" in options:
             options["fused"] = True  # the same masks, sooner
