@@ -69,7 +69,7 @@ class Candidate(NamedTuple):
     more_values: int = 0
     """The same, for tensors of two or more dimensions alone: masked weights."""
     importances: int = 0
-    """In float32, for tensors of two or more dimensions alone."""
+    """In units of 4 bytes, for tensors of two or more dimensions alone."""
     reads_weights: bool = False
 
     def bytes_moved(self, params: list[Tensor]) -> int:
@@ -140,6 +140,8 @@ for how, flags in {
     CANDIDATES[f"ours {how}, masks"] = Candidate(masks, 5, more_values=2, importances=2, reads_weights=True)
     CANDIDATES[f"ours {how}, scaled steps"] = Candidate(ours(flags, drop_rate=0, scale_steps=True), 5, importances=2)
     CANDIDATES[f"ours {how}, no masks"] = Candidate(ours(flags, drop_rate=0), 5, importances=2)
+HALF = ours({"fused": True}, drop_rate=0.1, importance_dtype=torch.bfloat16)
+CANDIDATES["ours fused, bfloat16 importances"] = Candidate(HALF, 5, more_values=2, importances=1, reads_weights=True)
 PEER = CANDIDATES["SGD fused"]
 TRAINED = ("SGD fused", "dropout parametrization", "ours default, masks", "ours fused, masks")
 FEW = (*TRAINED, "ours fused, scaled steps", "ours fused, no masks")

@@ -260,6 +260,8 @@ def times() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "equal-0.1": lambda: equal("0.1", final),
+    "equal-0.1-early": lambda: equal("0.1", early),
     "equal-0.3": lambda: equal("0.3", final),
     "equal-0.3-early": lambda: equal("0.3", early),
     "equal-0.5": lambda: equal("0.5", final),
@@ -327,7 +329,7 @@ def draw() -> None:
         figure.savefig(IMAGES / f"{name}.png", dpi=130)
 
     sgd = arms_of("baselines")[0]
-    for rate in ("0.3", "0.5"):
+    for rate in ("0.1", "0.3", "0.5"):
         question = f"equal-{rate}"
         rows = [("SGD", sgd), *named(question)[1:]]
         forest(f"study_{question}", tasks_of("baselines", question), rows, arms_of(question)[0], "uniform masks")
