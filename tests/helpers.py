@@ -67,9 +67,9 @@ def train(optimizer: Optimizer, loss: Callable[[], Tensor], steps: int = 5, clos
     losses = []
     for _ in range(steps):
         if closure:
-            losses.append(float(optimizer.step(evaluate)))
+            losses.append(optimizer.step(evaluate).item())
         else:
-            losses.append(float(evaluate()))
+            losses.append(evaluate().item())
             optimizer.step()
     return losses
 
