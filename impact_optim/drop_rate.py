@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from torch.optim import Optimizer
@@ -69,11 +70,11 @@ class DropRateScheduler:
                 "an optimizer to which Impact(model, optimizer) was given"
             )
         _check_counts(total_steps=total_steps, begin=begin)
-        if shape not in _SHAPES:
-            raise ValueError(f"Invalid shape: {shape!r}; choose from {list(_SHAPES)}")
+        _check_shape(shape)
         self.optimizer = optimizer
         self.targets = _per_group("target", target, groups)
-        self.starts = [group["drop_rate"] for group in groups] if start is None else _per_group("start", start, groups)
+        rates = [group["drop_rate"] for group in groups]
+        self.starts = _per_group("start", rates if start is None else start, groups)
         self.total_steps = int(total_steps)
         self.begin = int(begin)
         self.shape = shape
@@ -94,7 +95,7 @@ class DropRateScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the schedule consists of, but for the optimizer."""
-        return {name: value for name, value in self.__dict__.items() if name != "optimizer"}
+        return {name: copy(value) for name, value in self.__dict__.items() if name != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where another schedule was. The rate itself is in the optimizer's state dict.
@@ -113,9 +114,13 @@ class DropRateScheduler:
         _check_counts(
             total_steps=state_dict["total_steps"], begin=state_dict["begin"], last_epoch=state_dict["last_epoch"]
         )
-        if state_dict["shape"] not in _SHAPES:
-            raise ValueError(f"Invalid shape: {state_dict['shape']!r}; choose from {list(_SHAPES)}")
-        self.__dict__.update(state_dict)
+        _check_shape(state_dict["shape"])
+        self.__dict__.update({name: copy(value) for name, value in state_dict.items()})
+
+
+def _check_shape(shape: Any) -> None:
+    if not isinstance(shape, str) or shape not in _SHAPES:
+        raise ValueError(f"Invalid shape: {shape!r}; choose from {list(_SHAPES)}")
 
 
 def _check_counts(**counts: Any) -> None:
@@ -138,4 +143,4 @@ def _per_group(name: str, value: float | Sequence[float], groups: list[dict[str,
                 f"{name}={rate} keeps {1 - rate:.6g} of the weights, less than the keep_floor={group['keep_floor']} of "
                 "their group; lower one of the two"
             )
-    return rates
+    return [float(rate) for rate in rates]

@@ -82,7 +82,7 @@ def assert_same(actual: Any, expected: Any) -> None:
     if isinstance(actual, Tensor):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     elif isinstance(actual, dict):
-        assert list(actual) == list(expected)
+        assert actual.keys() == expected.keys()
         for key in actual:
             assert_same(actual[key], expected[key])
     elif isinstance(actual, list | tuple):
@@ -98,3 +98,24 @@ def clones(tensors: Any) -> Any:
     if isinstance(tensors, nn.Module):
         return {name: p.detach().clone() for name, p in tensors.named_parameters()}
     return [t.detach().clone() for t in tensors]
+
+
+MUON = Face(torch.optim.Muon, None, {"lr": 0.02, "weight_decay": 0.05})
+"""For networks all of whose parameters are matrices."""
+
+
+def two_layers(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
+    """A small network, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 32, bias), nn.Tanh(), nn.Linear(32, 4, bias)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
+
+
+def run(model: nn.Module, optimizer: Optimizer, steps: range, closure: bool = False) -> None:
+    """Trains such a network; every step number stands for a batch of its own."""
+    for step in steps:
+        x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
+        train(optimizer, lambda x=x: (model(x) - x[:, :4]).square().mean(), 1, closure)
