@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,7 @@ def checked(optimizer: Optimizer, state_dict: dict[str, Any], name: Callable[[Te
     for mine, group in zip(own, groups, strict=True):
         check(group)
         for key, value in mine.items():
-            if isinstance(value, bool) and not isinstance(group.get(key, value), bool):
-                raise TypeError(f"{key} of a parameter group must be True or False, but is {group[key]!r}")
+            _check_value(key, value, group.get(key, value))
         params.update(zip(group["params"], mine["params"], strict=True))
     state = state_dict["state"]
     if unknown := [key for key in state if key not in params]:
@@ -58,16 +58,43 @@ def restore(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
     for group, own in zip(loaded["param_groups"], optimizer.param_groups, strict=True):
         for key, param in zip(group["params"], own["params"], strict=True):
             value = loaded["state"].get(key, {}).get("log_importance")
-            if value is not None:
+            found = optimizer.state.get(param, {}).get("log_importance")
+            # Unless a hook of the user's has changed it.
+            if value is not None and found is not None and torch.equal(value.to(param.device, param.dtype), found):
                 optimizer.state[param]["log_importance"] = value.to(param.device, torch.float32, copy=True)
+
+
+def _check_value(key: str, own: Any, value: Any) -> None:
+    """Raises unless a value of a group is of the kind that the optimizer has: a flag, a number, or numbers."""
+    if isinstance(own, bool):
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{key} of a parameter group must be True or False, but is {value!r}")
+    elif isinstance(own, int | float | Tensor):
+        if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+            raise TypeError(f"{key} of a parameter group must be a number, but is {value!r}")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{key} of a parameter group must be a number, but has shape {tuple(value.shape)}")
+        if not math.isfinite(float(value)):
+            raise ValueError(f"{key} of a parameter group is {float(value)}; the state dict is damaged")
+    elif isinstance(own, tuple) and (not isinstance(value, tuple | list) or len(value) != len(own)):
+        raise TypeError(f"{key} of a parameter group must be {len(own)} values, but is {value!r}")
 
 
 def _check_state(name: str, param: Tensor, state: Any, own: dict[str, Any]) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"the state of {name} must be a dict, but is {type(state).__name__}")
     for key, value in state.items():
-        if value is None and own.get(key) is not None:
-            raise TypeError(f"{key} of {name} must be of type {type(own[key]).__name__}, but is None")
+        mine = own.get(key)
+        if value is None and mine is not None:
+            raise TypeError(f"{key} of {name} must be of type {type(mine).__name__}, but is None")
+        if isinstance(mine, Tensor) and mine.dim() > 0:
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{key} of {name} must be a tensor, but is of type {type(value).__name__}")
+            if value.shape != mine.shape:
+                raise ValueError(
+                    f"{key} of {name} has shape {tuple(value.shape)}, not {tuple(mine.shape)}; load the state of the "
+                    "same model"
+                )
         if isinstance(value, Tensor) and value.layout is not torch.strided:
             raise TypeError(f"{key} of {name} must be a dense tensor, but its layout is {value.layout}")
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():

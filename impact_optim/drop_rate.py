@@ -66,8 +66,8 @@ class DropRateScheduler:
         groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [{}])
         if not all("drop_rate" in group for group in groups):
             raise TypeError(
-                f"{type(optimizer).__name__} has no drop rate; DropRateScheduler takes an ImpactSGD, an ImpactAdamW, or "
-                "an optimizer to which Impact(model, optimizer) was given"
+                f"{type(optimizer).__name__} has no drop rate; DropRateScheduler takes an ImpactSGD, an ImpactAdamW, "
+                "or an optimizer to which Impact(model, optimizer) was given"
             )
         _check_counts(total_steps=total_steps, begin=begin)
         _check_shape(shape)

@@ -51,7 +51,8 @@ class Engine:
         self._vectors: set[Tensor] = set()
         self._normalized: set[Tensor] = set()
         self._silenced: set[Tensor] = set()
-        self._has_lazy = False
+        self._is_lazy = False
+        """Whether the network did not know its sizes at a pass of this step: then the step is dense."""
         self._steps: dict[Optimizer, _Step] = {}
         self._loading: dict[Optimizer, dict[str, Any]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -94,7 +95,7 @@ class Engine:
                 for name in DEFAULTS:
                     group.setdefault(name, each.defaults[name])
                 self._simplexes[each].append(Simplex(each, group, number, self._is_weight, self._normalized))
-        self._has_lazy = any(nn.parameter.is_lazy(p) for _, group in groups for p in group["params"])
+        self._is_lazy |= any(nn.parameter.is_lazy(p) for _, group in groups for p in group["params"])
         for simplex in self._all():
             self._note_stacked(simplex.group)
             simplex.refresh()
@@ -143,20 +144,19 @@ class Engine:
 
     # -- what masking asks for --
 
+    def begin_pass(self) -> None:
+        """Takes note of what has changed since the last pass."""
+        _check_not_capturing()
+        self._refresh()
+
     def owns(self, param: Tensor) -> bool:
         """Whether masks may touch a parameter."""
-        return param in self._home or (self._has_lazy and is_weight(param))
+        return param in self._home and not self._is_lazy
 
-    def current_mask(self, param: Tensor, refresh: bool) -> Mask | None:
+    def current_mask(self, param: Tensor) -> Mask | None:
         """The mask of this step, if it holds a factor for the parameter."""
-        if refresh:
-            _check_not_capturing()
-            self._refresh()
         simplex = self._home.get(param)
         if simplex is None:
-            return None
-        if self._has_lazy:  # the first pass of a network that does not know its sizes yet is dense
-            simplex.dense_reads.add(param)
             return None
         is_read = simplex.mask is not None and simplex.mask.is_read
         if simplex.group["drop_rate"] == 0 and not is_read:
@@ -208,6 +208,9 @@ class Engine:
     @torch.no_grad()
     def _prepare(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         """From dense gradients to new importances and masked gradients."""
+        for p, grad, masked in self._steps.pop(optimizer, _Step()).grads:
+            if p.grad is masked and masked._version == 0:  # the step of the base has raised
+                p.grad = grad
         self._refresh()
         simplexes = self._simplexes[optimizer]
         for simplex in simplexes:
@@ -257,7 +260,7 @@ class Engine:
                     "a flat parameter of FullyShardedDataParallel holds many weights in one vector, which masks do not "
                     "reach: set drop_rate=0, or train with DistributedDataParallel"
                 )
-        if group["importance"] == "lookahead" and closure is None:
+        if group["importance"] == "lookahead" and closure is None and float(group["lr"]) != 0.0:
             raise RuntimeError(
                 "importance='lookahead' evaluates the batch of the step again: call step(closure), with a closure that "
                 "zeroes the gradients, computes the loss, calls backward() and returns the loss"
@@ -270,7 +273,7 @@ class Engine:
             RuntimeError: the gradient of a member that was to be masked has come by a path that the masks do not reach.
         """
         mask, group = simplex.mask, simplex.group
-        if mask is None and group["drop_rate"] == 0:
+        if mask is None and (group["drop_rate"] == 0 or self._is_lazy):
             return set()
         masked = set() if mask is None else mask.contributed
         others = [p for p in simplex.members if p.grad is not None and p not in masked and p not in simplex.dense_reads]
@@ -319,9 +322,10 @@ class Engine:
             if simplex.group["importance"] in READS_STEP:
                 self._look_back(optimizer, simplex, step)
         for p, zero in step.held.items():
-            if p.dtype in (torch.float16, torch.bfloat16):  # few bits: a weight that lives may land on zero by chance
-                p.masked_fill_((p == 0) & ~zero, torch.finfo(p.dtype).tiny)
-            p.masked_fill_(zero, 0.0)
+            with torch.set_grad_enabled(bool(self._home[p].group.get("differentiable"))):
+                if p.dtype in (torch.float16, torch.bfloat16):  # few bits: one that lives may come to zero by chance
+                    p.masked_fill_((p == 0) & ~zero, torch.finfo(p.dtype).tiny)
+                p.masked_fill_(zero, 0.0)
         for simplex in self._simplexes[optimizer]:
             simplex.store()
             simplex.group["mask_step"] += 1
@@ -331,6 +335,7 @@ class Engine:
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     value.masked_fill_(zero, 0.0)
         self._masking.entered.clear()
+        self._is_lazy = False
 
     def _look_back(self, optimizer: Optimizer, simplex: Simplex, step: _Step) -> None:
         """What the signals do that read the step: keep it for the next one, or try it on the same batch."""
@@ -367,7 +372,7 @@ class Engine:
                 for p in simplex.members:
                     if p not in self._silenced:
                         self._silenced.add(p)
-                        p.register_hook(_Silence(simplex.group, p))
+                        p.register_hook(_Silence(self, p))
 
     # -- loading --
 
@@ -387,12 +392,13 @@ class Engine:
 class _Silence:
     """The gradient hook of a parameter whose zeros are held."""
 
-    def __init__(self, group: dict[str, Any], param: Tensor) -> None:
-        self.group, self.param = group, weakref.ref(param)
+    def __init__(self, engine: Engine, param: Tensor) -> None:
+        self.engine, self.param = weakref.ref(engine), weakref.ref(param)
 
     def __call__(self, grad: Tensor) -> Tensor:
-        param = self.param()
-        if param is None or not self.group["hold_zeros"]:
+        engine, param = self.engine(), self.param()
+        simplex = engine._home.get(param) if engine is not None and param is not None else None
+        if param is None or simplex is None or not simplex.group["hold_zeros"]:
             return grad
         return grad.masked_fill(param.detach() == 0, 0.0)
 

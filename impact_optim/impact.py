@@ -134,7 +134,7 @@ class Impact(Engine):
         self._refresh()
         self._masking.attach(module)
         wanted = any(simplex.group["drop_rate"] > 0 for simplex in self._all())
-        if wanted and not self._has_lazy and not any(s.members for s in self._all() if s.group["drop_rate"] > 0):
+        if wanted and not self._is_lazy and not any(s.members for s in self._all() if s.group["drop_rate"] > 0):
             warnings.warn(
                 "drop_rate > 0, but there is nothing to mask: masks touch trained tensors with at least two dimensions "
                 "longer than 1, not biases, norms, or the flat parameters of FullyShardedDataParallel",
@@ -287,6 +287,8 @@ class Impact(Engine):
                 for empty in empty_slices(kept[p]):  # its largest weight stays
                     others = [d for d in range(p.dim()) if empty.shape[d] == 1]
                     kept[p] |= empty & (scores[p] == scores[p].amax(others, keepdim=True))
+        for p, mask in kept.items():
+            mask &= ~self._held(p)
 
         simplexes = [s for s in self._all() if any(p in kept for p in s.members)]
         values = []
@@ -294,11 +296,14 @@ class Impact(Engine):
             factors = simplex.expected_factors()
             for p in simplex.members:
                 value = p.detach() * factors[p].to(p.dtype) if p in factors else p.detach()
-                values.append((p.detach(), value * kept[p] if p in kept else value))
+                gone = ~kept[p] if p in kept else self._held(p)
+                # What is left lives, also where it is zero now: a layer that begins at zero, or an underflow.
+                value = value.masked_fill((value == 0) & ~gone, torch.finfo(p.dtype).tiny).masked_fill_(gone, 0.0)
+                values.append((p.detach(), value))
                 if p in kept:
-                    state = simplex.optimizer.state.get(p, {}).values()
-                    tensors = [t for t in state if isinstance(t, Tensor) and t.shape == p.shape]
-                    values += [(t, t * kept[p]) for t in tensors]
+                    tensors = [*simplex.optimizer.state.get(p, {}).values(), p.grad]
+                    tensors = [t.detach() for t in tensors if isinstance(t, Tensor) and t.shape == p.shape]
+                    values += [(t, t.masked_fill(gone, 0.0)) for t in tensors]
         groups = [
             (simplex.group, {key: simplex.group[key] for key in ("drop_rate", "hold_zeros")}) for simplex in simplexes
         ]
@@ -328,7 +333,8 @@ class Impact(Engine):
                 continue
             if by == "importance" and not simplex.is_learnt:
                 importance = simplex.group["importance"]
-                why = "with" if importance == "uniform" else "before the first step, with"
+                why = "yet, with" if simplex.group["mask_step"] else "before the first step, with"
+                why = "with" if importance == "uniform" else why
                 raise ValueError(
                     f"{self._name(members[0])} has no importances {why} importance={importance!r}; choose "
                     "by='magnitude'"
@@ -343,6 +349,10 @@ class Impact(Engine):
 
     def _given(self, masks: Mapping[Any, Tensor]) -> dict[Tensor, Tensor]:
         """Masks of the user's own, by parameter."""
+        if not isinstance(masks, Mapping) or not all(isinstance(mask, Tensor) for mask in masks.values()):
+            raise TypeError("masks must be a dict of tensors, by the name of the parameter or by the parameter itself")
+        if not masks:
+            raise ValueError("masks is empty: there is nothing to make sparse")
         names = {self._name(p): p for p in self._home}
         kept = {}
         for key, mask in masks.items():
@@ -351,10 +361,19 @@ class Impact(Engine):
                 raise ValueError(f"masks has a mask for {key!r}, which is no weight of this optimizer")
             if mask.shape != p.shape:
                 raise ValueError(f"the mask of {self._name(p)} has shape {tuple(mask.shape)}, not {tuple(p.shape)}")
-            kept[p] = mask.to(p.device, torch.bool)
-            if not kept[p].any():
+            kept[p] = mask.to(p.device, torch.bool, copy=True)
+            if not (kept[p] & ~self._held(p)).any():
                 raise ValueError(f"the mask of {self._name(p)} would leave nothing of it, and the network dead")
+            if p in self._normalized and any(empty.any() for empty in empty_slices(kept[p])):
+                raise ValueError(
+                    f"the mask of {self._name(p)} would leave nothing of a row or a column, whose norm the layer divides "
+                    "by: keep a weight in each"
+                )
         return kept
+
+    def _held(self, param: Tensor) -> Tensor:
+        """Where a weight is zero for good."""
+        return (param.detach() == 0) & torch.tensor(self._home[param].group["hold_zeros"], device=param.device)
 
     # -- read-outs --
 
@@ -362,13 +381,19 @@ class Impact(Engine):
     def importance(self, param: Tensor) -> Tensor:
         """The importances w of a parameter: its shape, float32, mean 1 over its group.
 
-        They are 1 for what is never masked, such as a bias, and 0 for a zero that is held.
+        They are 1 for what is never masked, such as a bias, 0 for a zero that is held, and as they last were for what is
+        frozen.
 
         Raises:
             TypeError, ValueError: not a parameter of this optimizer.
         """
         _, simplex = self._find(param)
-        return torch.ones_like(param, dtype=torch.float32) if simplex is None else simplex.importances()[param]
+        if simplex is not None:
+            return simplex.importances()[param]
+        frozen = next(
+            (s for each in self.optimizers if (s := each.state.get(param, {}).get("log_importance")) is not None), None
+        )
+        return torch.ones_like(param, dtype=torch.float32) if frozen is None else frozen.exp()
 
     @torch.no_grad()
     def keep_probability(self, param: Tensor) -> Tensor:
@@ -438,6 +463,9 @@ class ImpactOptimizer(Impact):
             param_group = {**param_group, "params": _listed(param_group["params"])}
             _check_group(self, param_group, self.defaults)  # type: ignore[attr-defined, arg-type]
         super().add_param_group(param_group)  # type: ignore[misc]
+        if "_masking" in self.__dict__:
+            for root in list(self._masking.attached()):  # it may have parts that are new
+                self.attach(root)
 
 
 def module_and_params(params: Any) -> tuple[nn.Module | None, Any]:

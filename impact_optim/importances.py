@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from .layout import BLOCK, flatten, unflatten
 from .sampling import ROW, SAMPLED, TRAINING, as_uniform, bits, kept_bits, pareto_sample
 from .signals import SIGNALS
-from .simplex import CLIP, fill_level, fill_target, keep_probability, log_mean, mirror_step, total
+from .simplex import CLIP, LOG_BOUND, fill_level, fill_target, keep_probability, log_mean, mirror_step, total
 
 _SCALE_DECAY = 0.9  # of the running mean of |h|
 _RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
@@ -154,8 +154,9 @@ class Simplex:
         then a member has had no gradient, and its importance is 1. Vectors get zeros: distributed checkpoints want the
         same state for every parameter.
         """
-        if self._flat is None:
+        if self._flat is None and self.group["importance"] == "uniform":
             return
+        self._start()
         state = self.optimizer.state
         for p in self.group["params"]:
             if p.grad is not None and (p in self._pending or "log_importance" not in state[p]):
@@ -193,8 +194,8 @@ class Simplex:
 
     @property
     def is_learnt(self) -> bool:
-        """Whether a step has moved the importances."""
-        return self._flat is not None
+        """Whether steps have moved the importances apart."""
+        return self._flat is not None and any(bool((flat != flat[0]).any()) for flat in self._flat.values())
 
     def _weights(self) -> tuple[dict[torch.device, Tensor], Tensor | None]:
         """w up to a constant, 0 where a zero is held, flat; and how many are not held, if any may be."""
@@ -217,7 +218,7 @@ class Simplex:
     def _normalize(self, w: dict[torch.device, Tensor], alive: Tensor | None) -> Tensor:
         """log of the mean of w, which is what to subtract from the log-importances for a mean of 1."""
         n = sum(t.numel() for t in w.values()) if alive is None else alive
-        return log_mean(list(w.values()), n)
+        return log_mean(list(w.values()), n).nan_to_num(0.0, 0.0, 0.0)  # of a group that is zero for good
 
     @torch.no_grad()
     def importances(self) -> dict[Tensor, Tensor]:
@@ -283,7 +284,7 @@ class Simplex:
         flat = self._start()
         for params, offset in ((moving, shift), (idle, -normalizer)):
             for device, start, stop in map(self._places.__getitem__, params):
-                flat[device][start:stop].add_(offset.to(device, torch.float32))
+                flat[device][start:stop].add_(offset.to(device, torch.float32)).clamp_(-LOG_BOUND, LOG_BOUND)
 
     # -- masks --
 
@@ -291,6 +292,7 @@ class Simplex:
         """Forgets the mask: the next pass draws a new one."""
         if self.mask is not None:
             self.mask.is_over = True
+            self.mask.factors = {}  # a loss that is kept holds the mask
         self.mask, self._normalizer = None, None
         self.dense_reads.clear()
 
@@ -346,6 +348,8 @@ class Simplex:
         stamp = tuple(group[name] for name in names)
         if self.mask is None or (not self.mask.is_read and self.mask.stamp != stamp):
             self.mask = Mask(self.draw(group["mask_step"]), stamp)
+        elif any(p not in self.mask.factors for p in self.members):  # thawed between two passes of a step
+            self.mask.factors = {**self.draw(group["mask_step"]), **self.mask.factors}
         return self.mask
 
     @torch.no_grad()

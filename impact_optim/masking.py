@@ -24,6 +24,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -41,9 +42,12 @@ _OPENS_BEFORE_WARNING = 10  # optimizers that pass twice or more before a step c
 class MaskOwner(Protocol):
     """What :class:`Masking` needs from the engine."""
 
+    def begin_pass(self) -> None:
+        """Takes note of what has changed since the last pass."""
+
     def owns(self, param: Tensor) -> bool: ...
 
-    def current_mask(self, param: Tensor, refresh: bool) -> Mask | None:
+    def current_mask(self, param: Tensor) -> Mask | None:
         """The mask of this step that holds a factor for the parameter."""
 
     def read_mask(self, param: Tensor) -> Mask | None:
@@ -99,7 +103,7 @@ class MaskedWeight(Tensor):
     a forward pass notes on its weight is not lost; so are copies and pickles."""
 
     _is_param = True  # isinstance(layer.weight, nn.Parameter)
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(param: Tensor, masked: Tensor) -> MaskedWeight:
@@ -126,16 +130,23 @@ class MaskedWeight(Tensor):
 class _Parameters(dict[str, Any]):
     """The parameters of one attached module; see the top of this file."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module._parameters)
+    def __init__(self, module: nn.Module, params: Mapping[str, Any]) -> None:
+        super().__init__(params)
         self.module = weakref.ref(module)
         self.maskings: list[weakref.ref[Masking]] = []
         self.placed: dict[str, nn.Parameter] = {}
+        """The parameters in whose places something else lies, put there for compiled code."""
+        self.mode = True
+        """Whether that is for train mode."""
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
         module = self.module()
-        if param is None or module is None or name in self.placed:
+        if param is None or module is None:
+            return param
+        if name in self.placed:  # unless the module was switched to another mode on the way, or gradients off
+            return param if torch.is_grad_enabled() and module.training == self.mode else self.placed[name]
+        if torch.compiler.is_compiling():
             return param
         for ref in self.maskings:
             if (masking := ref()) is not None and (weight := masking.read(module, param)) is not param:
@@ -145,6 +156,8 @@ class _Parameters(dict[str, Any]):
     def items(self) -> Any:
         if self.placed:
             return {**self, **self.placed}.items()
+        if torch.compiler.is_compiling():
+            return super().items()
         # A forward that hands its own named_parameters() to functions, as meta-learning does, reads them like that.
         if sys._getframe(1).f_code.co_name == "<lambda>" and any(
             (masking := ref()) is not None and masking.is_inside(self.module()) for ref in self.maskings
@@ -191,7 +204,7 @@ class Masking:
         self._here = _Pass()
         self._placed: list[tuple[_Parameters, str, Tensor | None]] = []
         self.placer = 0
-        """The id of the module for whose call masked weights lie in the dicts of its parts; 0 for none."""
+        """The id of the module for whose call compiled parts are seen to; 0 for none."""
         self._dense: list[tuple[Tensor, Tensor]] | None = None
         self._samples: int | None = None
         self.entered: set[nn.Module] = set()
@@ -216,9 +229,10 @@ class Masking:
                     other.displaced = True
         handles = self._handles[module] = []
         for part in module.modules():
-            if not isinstance(part._parameters, _Parameters):
-                part._parameters = _Parameters(part)
-            part._parameters.maskings.append(weakref.ref(self))
+            params = vars(part)["_parameters"]  # not part._parameters, for which a compiled module asks another one
+            if not isinstance(params, _Parameters):
+                params = vars(part)["_parameters"] = _Parameters(part, params)
+            params.maskings.append(weakref.ref(self))
             handles.append(part.register_forward_pre_hook(_Hook(self, part, Masking._enter), prepend=True))
             handles.append(part.register_forward_hook(_Hook(self, part, Masking._leave), always_call=True))
 
@@ -230,11 +244,11 @@ class Masking:
                 handle.remove()
             kept = {part for other in self._handles for part in other.modules()}
             for part in root.modules():
-                params = part._parameters
+                params = vars(part)["_parameters"]
                 if isinstance(params, _Parameters) and part not in kept:
                     params.maskings = [ref for ref in params.maskings if ref() not in (self, None)]
                     if not params.maskings:
-                        part._parameters = dict(params)
+                        vars(part)["_parameters"] = dict(params)
 
     def _shares_with(self, other: Masking, module: nn.Module) -> bool:
         first, second = self._owner(), other._owner()
@@ -261,14 +275,22 @@ class Masking:
 
     def _enter(self, module: nn.Module, args: Any, compiled: bool) -> None:
         here = self._here
-        if not self._is_open():
+        is_outermost = not self._is_open()
+        if is_outermost:
+            if (owner := self._owner()) is not None and (torch.is_grad_enabled() or self._samples is not None):
+                owner.begin_pass()
             here.calls, here.frame = [], _module_call()
         here.calls.append(module)
-        if self._dense is not None or not _differentiates():
-            return
-        if (compiled or _is_optimized(module)) and not self.placer:
-            self._place(module)
-        if not module.training:
+        is_dense = self._dense is not None or not _differentiates()
+        if not self.placer and "torch._dynamo" in sys.modules:
+            roots = [module] if compiled or _is_optimized(module) else []
+            if is_outermost and not roots:
+                roots = [part for part in module.modules() if part._compiled_call_impl is not None]
+            if roots:
+                self.placer = id(module)
+                if not is_dense:
+                    self._place(roots)
+        if is_dense or not module.training:
             return
         self.entered.add(module)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and args:
@@ -313,7 +335,7 @@ class Masking:
     def read(self, module: nn.Module, param: Tensor) -> Tensor:
         """What a module gets that looks up one of its parameters."""
         owner, here = self._owner(), self._here
-        if owner is None or self._dense is not None or is_fx_tracing() or not owner.owns(param):
+        if owner is None or self._dense is not None or not owner.owns(param) or is_fx_tracing():
             return param
         if not self._is_open():
             # Activation checkpointing runs a function again, which may read a weight without calling a module.
@@ -328,7 +350,7 @@ class Masking:
         stamp = (param.data_ptr(), param._version, torch.is_grad_enabled(), module.training)
         read = here.reads.get(param)
         if read is None or read.stamp != stamp:
-            made = self._make(module, param, refresh=not here.reads)
+            made = self._make(module, param)
             if made is None:
                 return param
             weight = MaskedWeight.of(param, made)
@@ -337,12 +359,12 @@ class Masking:
             here.recurrent.add(module)
         return read.weight
 
-    def _make(self, module: nn.Module, param: Tensor, refresh: bool) -> Tensor | None:
+    def _make(self, module: nn.Module, param: Tensor) -> Tensor | None:
         """What a module that is in a pass sees of a parameter, or ``None`` for the parameter itself."""
         owner = self._owner()
         if owner is None or not (_differentiates() if module.training else torch.is_grad_enabled()):
             return None
-        mask = owner.current_mask(param, refresh)
+        mask = owner.current_mask(param)
         if mask is None:
             return None
         if not module.training:
@@ -352,24 +374,24 @@ class Masking:
 
     # -- compiled code --
 
-    def _place(self, module: nn.Module) -> None:
+    def _place(self, roots: list[nn.Module]) -> None:
+        """Puts what a pass reads into the dicts of some modules and their parts."""
         owner = self._owner()
         if owner is None:
             return
-        self.placer = id(module)
         made: dict[tuple[Tensor, bool], Tensor | None] = {}
-        for part in module.modules():
-            params = part._parameters
-            if not isinstance(params, _Parameters):
+        for part in chain.from_iterable(root.modules() for root in roots):
+            params = vars(part)["_parameters"]
+            if not isinstance(params, _Parameters) or params.placed:
                 continue
             for name, param in dict.items(params):
                 if param is None or not param.requires_grad or not owner.owns(param):
                     continue
                 key = (param, part.training)
                 if key not in made:
-                    made[key] = self._make(part, param, refresh=not made)
+                    made[key] = self._make(part, param)
                 if made[key] is not None:
-                    params.placed[name] = param
+                    params.placed[name], params.mode = param, part.training
                     self._placed.append((params, name, made[key]))
         for params, name, weight in self._placed:
             dict.__setitem__(params, name, weight)
@@ -427,8 +449,8 @@ class Masking:
 def attached_maskings(module: nn.Module) -> Iterator[Masking]:
     """The maskings that some part of a module is attached to."""
     for part in module.modules():
-        if isinstance(part._parameters, _Parameters):
-            for ref in part._parameters.maskings:
+        if isinstance(params := vars(part)["_parameters"], _Parameters):
+            for ref in params.maskings:
                 if (masking := ref()) is not None:
                     yield masking
 
@@ -514,7 +536,7 @@ class _Hook:
             # Masked weights are in place, or the graph breaks here so that they can be put there.
             if masking is not None and masking.placer in (0, self.part):
                 self._run(module, args, True)
-        else:
+        elif not torch._C._is_tracing():
             self._run(module, args, _dynamo_is_active())
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -21,6 +21,8 @@ CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean b
 
 SAMPLE = 4096  # weights; the level of a larger simplex is first solved for on a sample of that size
 
+_ROUNDING = 1e-9  # what is left of a budget that the floor takes up
+
 _NEWTON_STEPS = 16  # on a device that must not be waited for
 _MOST_STEPS = 200  # on a CPU, which stops when the budget is met
 
@@ -113,25 +115,36 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
     n = sum(t.numel() for t in w)
     if n <= SAMPLE:
         return level
-    on_cpu = all(t.device.type == "cpu" for t in w)
+    on_cpu = _may_wait(w)
     live = torch.tensor(float(n), dtype=torch.float64, device=level.device) if alive is None else alive.double()
     missing = (1.0 - mean) * live
     tolerance = 1e-5 * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
+    exact = torch.float64 if mean < 0.01 else None  # what is open is then a small difference of large sums
     for _ in range(_MOST_STEPS if on_cpu else _NEWTON_STEPS):
         gaps, opened = [], []
         for t in w:
             c = -level.to(t.device, torch.float32)
             for (part,) in blocks(t):
                 gap = (part * c).add_(1.0).clamp_(min=0.0)
-                gaps.append(gap.sum())
+                if alive is not None:
+                    gap.mul_(part > 0)
+                gaps.append(gap.sum(dtype=exact))
                 opened.append(gap.count_nonzero())
-        gap_sum = total(gaps).double() - (n - live)
+        gap_sum = total(gaps)
         if on_cpu and abs(float(gap_sum - missing)) <= tolerance:
             break
         # The bounds keep a start on the wrong side of a kink (nothing open, or a slope of nearly 0) on its way.
-        slope = (total(opened).double() - (n - live) - gap_sum).clamp_min(1e-30)
-        level = level * (1.0 + (gap_sum - missing) / slope).clamp(1 / 8, 8)
+        slope = (total(opened) - gap_sum).clamp_min(1e-30)
+        factor = (1.0 + (gap_sum - missing) / slope).clamp(1 / 8, 8)
+        level = level * factor
+        if on_cpu and abs(float(factor) - 1.0) < torch.finfo(torch.float32).eps:  # no product shows it
+            break
     return level
+
+
+def _may_wait(tensors: Sequence[Tensor]) -> bool:
+    """Whether the host may look at numbers: it does not wait for a device then."""
+    return all(t.device.type == "cpu" for t in tensors)
 
 
 def _sorted_level(w: Tensor, mean: float) -> Tensor:
@@ -169,7 +182,8 @@ def keep_probability(filled: Tensor, keep_floor: float = 0.0, drop: str = "unimp
 def fill_target(drop_rate: float, keep_floor: float, drop: str) -> float:
     """The mean of min(1, c·w) that gives :func:`keep_probability` its budget."""
     share = drop_rate if drop == "important" else 1.0 - drop_rate - keep_floor
-    return float(min(max(share / (1.0 - keep_floor), 0.0), 1.0))
+    target = share / (1.0 - keep_floor)
+    return 0.0 if target < _ROUNDING else 1.0 if target > 1.0 - _ROUNDING else target
 
 
 def perplexity(w: Tensor) -> Tensor:
