@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def checked(optimizer: Optimizer, state_dict: dict[str, Any], name: Callable[[Te
     for mine, group in zip(own, groups, strict=True):
         check(group)
         for key, value in mine.items():
+            if key not in optimizer.defaults:
+                continue  # the user's own
             _check_value(key, value, group.get(key, value))
         params.update(zip(group["params"], mine["params"], strict=True))
     state = state_dict["state"]
@@ -69,12 +72,12 @@ def _check_value(key: str, own: Any, value: Any) -> None:
     if isinstance(own, bool):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{key} of a parameter group must be True or False, but is {value!r}")
-    elif isinstance(own, int | float | Tensor):
-        if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+    elif isinstance(own, Real | Tensor):
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor):
             raise TypeError(f"{key} of a parameter group must be a number, but is {value!r}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{key} of a parameter group must be a number, but has shape {tuple(value.shape)}")
-        if not math.isfinite(float(value)):
+        if not math.isfinite(float(value)) and math.isfinite(float(own)):
             raise ValueError(f"{key} of a parameter group is {float(value)}; the state dict is damaged")
     elif isinstance(own, tuple) and (not isinstance(value, tuple | list) or len(value) != len(own)):
         raise TypeError(f"{key} of a parameter group must be {len(own)} values, but is {value!r}")

@@ -215,7 +215,7 @@ class Engine:
         simplexes = self._simplexes[optimizer]
         for simplex in simplexes:
             self._check_gradients(simplex, closure)
-        masked = {simplex: self._find_masked(simplex) for simplex in simplexes}
+        through_masks = {simplex: self._find_masked(simplex) for simplex in simplexes}
         step = self._steps[optimizer] = _Step(closure=closure)
         for simplex in simplexes:
             group = simplex.group
@@ -234,7 +234,7 @@ class Engine:
             factors = simplex.mask.factors if simplex.mask is not None else {}
             with torch.set_grad_enabled(bool(group.get("differentiable"))):
                 for p, g in grads.items():
-                    new = g * factors[p].to(g.dtype) if p in masked[simplex] else g
+                    new = g * factors[p].to(g.dtype) if p in through_masks[simplex] else g
                     if p in step.held:
                         new = new.masked_fill(step.held[p], 0.0)
                     if new is not g:

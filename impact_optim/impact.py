@@ -381,8 +381,8 @@ class Impact(Engine):
     def importance(self, param: Tensor) -> Tensor:
         """The importances w of a parameter: its shape, float32, mean 1 over its group.
 
-        They are 1 for what is never masked, such as a bias, 0 for a zero that is held, and as they last were for what is
-        frozen.
+        They are 1 for what is never masked, such as a bias, 0 for a zero that is held, and as they last were for what
+        is frozen.
 
         Raises:
             TypeError, ValueError: not a parameter of this optimizer.
@@ -390,9 +390,8 @@ class Impact(Engine):
         _, simplex = self._find(param)
         if simplex is not None:
             return simplex.importances()[param]
-        frozen = next(
-            (s for each in self.optimizers if (s := each.state.get(param, {}).get("log_importance")) is not None), None
-        )
+        states = (each.state.get(param, {}) for each in self.optimizers)
+        frozen = next((state["log_importance"] for state in states if "log_importance" in state), None)
         return torch.ones_like(param, dtype=torch.float32) if frozen is None else frozen.exp()
 
     @torch.no_grad()
