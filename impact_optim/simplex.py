@@ -6,6 +6,7 @@ A simplex holds ``n`` weights, spread over one or several tensors. Its point is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -119,6 +120,7 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
     live = torch.tensor(float(n), dtype=torch.float64, device=level.device) if alive is None else alive.double()
     missing = (1.0 - mean) * live
     tolerance = 1e-5 * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
+    closest = math.inf
     exact = torch.float64 if mean < 0.01 else None  # what is open is then a small difference of large sums
     for _ in range(_MOST_STEPS if on_cpu else _NEWTON_STEPS):
         gaps, opened = [], []
@@ -131,14 +133,14 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
                 gaps.append(gap.sum(dtype=exact))
                 opened.append(gap.count_nonzero())
         gap_sum = total(gaps)
-        if on_cpu and abs(float(gap_sum - missing)) <= tolerance:
-            break
+        if on_cpu:
+            error = float(gap_sum - missing)
+            if abs(error) <= tolerance or error >= closest:  # below the root a step comes closer, but for rounding
+                break
+            closest = error if error > 0.0 else closest
         # The bounds keep a start on the wrong side of a kink (nothing open, or a slope of nearly 0) on its way.
         slope = (total(opened) - gap_sum).clamp_min(1e-30)
-        factor = (1.0 + (gap_sum - missing) / slope).clamp(1 / 8, 8)
-        level = level * factor
-        if on_cpu and abs(float(factor) - 1.0) < torch.finfo(torch.float32).eps:  # no product shows it
-            break
+        level = level * (1.0 + (gap_sum - missing) / slope).clamp(1 / 8, 8)
     return level
 
 
