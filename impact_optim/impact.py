@@ -301,7 +301,7 @@ class Impact(Engine):
                 value = value.masked_fill((value == 0) & ~gone, torch.finfo(p.dtype).tiny).masked_fill_(gone, 0.0)
                 values.append((p.detach(), value))
                 if p in kept:
-                    tensors = [*simplex.optimizer.state.get(p, {}).values(), p.grad]
+                    tensors = [*simplex.optimizer.state.get(p, {}).values(), p.grad if p.is_leaf else None]
                     tensors = [t.detach() for t in tensors if isinstance(t, Tensor) and t.shape == p.shape]
                     values += [(t, t.masked_fill(gone, 0.0)) for t in tensors]
         groups = [
@@ -366,8 +366,8 @@ class Impact(Engine):
                 raise ValueError(f"the mask of {self._name(p)} would leave nothing of it, and the network dead")
             if p in self._normalized and any(empty.any() for empty in empty_slices(kept[p])):
                 raise ValueError(
-                    f"the mask of {self._name(p)} would leave nothing of a row or a column, whose norm the layer divides "
-                    "by: keep a weight in each"
+                    f"the mask of {self._name(p)} would leave nothing of a row or a column, whose norm the layer "
+                    "divides by: keep a weight in each"
                 )
         return kept
 
