@@ -280,6 +280,7 @@ class Engine:
         if others and group["drop_rate"] > 0 and float(group["lr"]) != 0.0:
             if _ranks() > 1:  # what only other ranks have used
                 entered = {p for part in self._masking.entered for p in part.parameters(recurse=False)}
+                entered -= set() if mask is None else mask.changes.keys()  # read under the mask, and thrown away
                 masked = masked | {p for p in others if p not in entered}
                 others = [p for p in others if p in entered]
                 if masked and mask is None:
