@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .layout import BLOCK, flatten, unflatten
-from .sampling import ROW, SAMPLED, TRAINING, as_uniform, bits, kept_bits, pareto_sample
+from .sampling import ROW, SAMPLED, TRAINING, as_uniform, bit_blocks, bits, kept_bits, pareto_sample
 from .signals import SIGNALS
 from .simplex import CLIP, LOG_BOUND, fill_level, fill_target, keep_probability, log_mean, mirror_step, total
 
@@ -157,6 +157,9 @@ class Simplex:
         if self._flat is None and self.group["importance"] == "uniform":
             return
         self._start()
+        if self.members:
+            home = self.members[0].device
+            self.group["signal_scale"] = torch.as_tensor(self.group["signal_scale"], dtype=torch.float32, device=home)
         state = self.optimizer.state
         for p in self.group["params"]:
             if p.grad is not None and (p in self._pending or "log_importance" not in state[p]):
@@ -260,9 +263,10 @@ class Simplex:
             g = _gather([(flatten(grads[p].detach(), p), a, b) for p, a, b in parts])
             step = _gather([(flatten(steps[p], p), a, b) for p, a, b in parts]) if steps is not None else None
             h = signal(x, g, step).nan_to_num(0.0, 0.0, 0.0)
-            sizes.append(h.abs().sum())
             if group["hold_zeros"]:
-                counts.append((x != 0).sum())
+                h.mul_(is_alive := x != 0)
+                counts.append(is_alive.sum())
+            sizes.append(h.abs().sum())
             u = h.mul_(inverse.to(device)).clamp_(-CLIP, CLIP)
             log_w = flat[device][start:stop]
             log_w.copy_(mirror_step(log_w, u, lr, kl_weight, normalizer.to(device)))
@@ -361,14 +365,15 @@ class Simplex:
         divisor, row = self.smallest_divisor(), 0
         chosen = self._choose(factors, alive, words) if group["sampling"] == "exact" else {}
         for device, keep in factors.items():
-            blocks = keep.split(BLOCK) if device.type == "cpu" else (keep,)
-            for i, part in enumerate(blocks):
-                rows = range(row, row + -(-len(part) // ROW))
-                row = rows.stop
-                if device in chosen:
-                    kept = chosen[device].split(len(blocks[0]))[i].to(torch.int32).neg_()
-                else:
-                    kept = kept_bits(bits(rows, device=device, **words)[: len(part)], part)
+            size = BLOCK if device.type == "cpu" else len(keep)
+            rows = range(row, row + -(-len(keep) // ROW))
+            row = rows.stop
+            if device in chosen:
+                masks = (part.to(torch.int32).neg_() for part in chosen[device].split(size))
+            else:
+                random = bit_blocks(rows, -(-size // ROW), device=device, **words)
+                masks = (kept_bits(b[: len(part)], part) for b, part in zip(random, keep.split(size), strict=True))
+            for part, kept in zip(keep.split(size), masks, strict=True):
                 part.clamp_(min=divisor).reciprocal_().view(torch.int32).bitwise_and_(kept)
         split = self._split(factors)
         for p in self._normalized & split.keys():

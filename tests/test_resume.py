@@ -107,13 +107,13 @@ def test_with_and_without_momentum(base, options):
 
 
 def all_cases() -> list[tuple[str, Face, torch.dtype, bool, dict[str, Any]]]:
-    return [
-        (f"{face.name}-{dtype}-{sparse}-{options['importance']}".replace("torch.", ""), face, dtype, sparse, options)
-        for face in FOUR
-        for dtype in (torch.float32, torch.bfloat16)
-        for sparse in (False, True)
-        for options in SETTINGS
-    ]
+    """Every face with every signal, and every second one in half precision and sparse."""
+    cases = []
+    for i, face in enumerate(FOUR):
+        for j, options in enumerate(SETTINGS):
+            dtype, is_sparse = (torch.float32, torch.bfloat16)[(i + j) % 2], (i + j) // 2 % 2 == 1
+            cases.append((f"{face.name}-{options['importance']}", face, dtype, is_sparse, options))
+    return cases
 
 
 def resume_in_this_process(folder: Path) -> None:
@@ -411,7 +411,7 @@ def test_loading_into_a_trained_optimizer_is_the_same_as_into_a_new_one(face):
     state = saved(model, optimizer)
     go_on(model, optimizer, range(6, 9))
     expected = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
-    model, engine, optimizer = half_way(face, torch.float32, True, {"importance": "hypergradient"})  # something else
+    model, _, optimizer = half_way(face, torch.float32, True, {"importance": "hypergradient"})  # something else
     model(torch.ones(1, 12))  # and a mask that has been read
     model.load_state_dict(state[0])
     optimizer.load_state_dict(state[1])
@@ -568,7 +568,7 @@ def test_betas_that_are_not_two_numbers_change_nothing(value):
 
 @every_face
 def test_keys_of_the_users_own_may_hold_anything(face):
-    model, _, optimizer = half_way(face, torch.float32, False, {})
+    optimizer = half_way(face, torch.float32, False, {})[2]
     optimizer.param_groups[0]["tag"] = 1.0
     state = copy.deepcopy(optimizer.state_dict())
     state["param_groups"][0]["tag"] = "first"
