@@ -283,7 +283,8 @@ class Impact(Engine):
                     "there is nothing to make sparse: masks touch trained tensors of two or more dimensions"
                 )
             kept = choose(scores, goal, scope, self._name)
-            for p in self._normalized & kept.keys():
+            # A pattern leaves something of every row, over which norms go by default.
+            for p in self._normalized & kept.keys() if not isinstance(goal, tuple) else ():
                 for empty in empty_slices(kept[p]):  # its largest weight stays
                     others = [d for d in range(p.dim()) if empty.shape[d] == 1]
                     kept[p] |= empty & (scores[p] == scores[p].amax(others, keepdim=True))

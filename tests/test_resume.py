@@ -183,6 +183,35 @@ def test_between_the_passes_of_accumulation(face, sparse):
 
 
 @every_face
+def test_after_an_interrupted_forward_pass_copies_and_files_hold_dense_weights(face):
+    model, _, optimizer = new(face, drop_rate=0.5)
+    go_on(model, optimizer, range(2))
+    dense = clones(model)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    model[1].forward = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 12))
+    del model[1].forward
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert torch.equal(model[0].weight, dense["0.weight"])
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(other[0].weight, dense["0.weight"])
+        assert_same(clones(other), dense)
+    again = new(face, drop_rate=0.5)
+    again[0].load_state_dict(dense)
+    again[2].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in ((model, optimizer), again[::2]):
+        go_on(*each, range(2, 5))
+    assert_same(clones(again[0]), clones(model))
+
+
+@every_face
 def test_before_the_first_step(face):
     model, _, optimizer = new(face)
     other, _, again = resumed(face, torch.float32, saved(model, optimizer))
