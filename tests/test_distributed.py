@@ -1,4 +1,4 @@
-"""Processes with DistributedDataParallel: what they share, with a single one as the measure. And FSDP, in one process."""
+"""Processes with DistributedDataParallel: what they share; a single one is the measure. And FSDP, in one process."""
 
 import datetime
 import time
