@@ -117,7 +117,11 @@ class MaskedWeight(Tensor):
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["_param"], name, value)
 
-    data = property(lambda self: self._param.data, lambda self, value: setattr(self._param, "data", value))
+    def _get_data(self) -> Tensor:
+        self.__dict__["_is_exposed"] = True  # what is written there is no change of version
+        return cast(Tensor, self._param.data)
+
+    data = property(_get_data, lambda self, value: setattr(self._param, "data", value))
     grad = property(lambda self: self._param.grad, lambda self, value: setattr(self._param, "grad", value))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -349,7 +353,7 @@ class Masking:
             return param if factor is None else MaskedWeight.of(param, param.detach() * factor.to(param.dtype))
         stamp = (param.data_ptr(), param._version, torch.is_grad_enabled(), module.training)
         read = here.reads.get(param)
-        if read is None or read.stamp != stamp:
+        if read is None or read.stamp != stamp or "_is_exposed" in read.weight.__dict__:
             made = self._make(module, param)
             if made is None:
                 return param
@@ -407,7 +411,7 @@ class Masking:
     @contextmanager
     def substitute(self, factors: Mapping[Tensor, Tensor]) -> Generator[None, None, None]:
         """Multiplies the parameters in place for the time of the scope."""
-        if self._dense is not None:
+        if self._dense is not None or self._samples is not None:
             raise RuntimeError("masked() and expected() cannot be nested: leave the outer scope first")
         torch.clear_autocast_cache()  # it holds casts of the weights that are about to change
         try:
