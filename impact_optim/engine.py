@@ -208,9 +208,13 @@ class Engine:
     @torch.no_grad()
     def _prepare(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         """From dense gradients to new importances and masked gradients."""
-        for p, grad, masked in self._steps.pop(optimizer, _Step()).grads:
-            if p.grad is masked and masked._version == 0:  # the step of the base has raised
+        broken = self._steps.pop(optimizer, _Step())  # a step that has not come to its end, by Ctrl-C
+        for p, grad, masked in broken.grads:
+            if p.grad is masked and masked._version == 0:
                 p.grad = grad
+        for p, zero in broken.held.items():
+            if p.shape == zero.shape:
+                p.masked_fill_(zero, 0.0)
         self._refresh()
         simplexes = self._simplexes[optimizer]
         for simplex in simplexes:
@@ -315,7 +319,7 @@ class Engine:
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        step = self._steps.pop(optimizer, _Step())
+        step = self._steps.get(optimizer, _Step())
         for p, grad, masked in step.grads:
             if p.grad is masked:
                 p.grad = grad
@@ -337,6 +341,7 @@ class Engine:
                     value.masked_fill_(zero, 0.0)
         self._masking.entered.clear()
         self._is_lazy = False
+        self._steps.pop(optimizer, None)
 
     def _look_back(self, optimizer: Optimizer, simplex: Simplex, step: _Step) -> None:
         """What the signals do that read the step: keep it for the next one, or try it on the same batch."""
@@ -380,6 +385,7 @@ class Engine:
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loading[optimizer] = checkpoint.checked(optimizer, state_dict, self._name)
+        self._steps.pop(optimizer, None)
         return self._loading[optimizer]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

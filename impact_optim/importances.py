@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from .layout import BLOCK, flatten, unflatten
 from .sampling import ROW, SAMPLED, TRAINING, as_uniform, bit_blocks, bits, kept_bits, pareto_sample
-from .signals import SIGNALS
+from .signals import ELEMENTWISE, SIGNALS, Signal
 from .simplex import CLIP, LOG_BOUND, fill_level, fill_target, keep_probability, log_mean, mirror_step, total
 
 _SCALE_DECAY = 0.9  # of the running mean of |h|
@@ -258,11 +258,8 @@ class Simplex:
         # No signal is used before its scale is known: the first one only sets it.
         inverse = torch.where(scale > torch.finfo(torch.float32).tiny, scale.reciprocal(), 0.0)
         sizes, counts = [], []
-        for device, start, stop, parts in self._pieces(moving):
-            x = _gather([(flatten(p.detach(), p), a, b) for p, a, b in parts])
-            g = _gather([(flatten(grads[p].detach(), p), a, b) for p, a, b in parts])
-            step = _gather([(flatten(steps[p], p), a, b) for p, a, b in parts]) if steps is not None else None
-            h = signal(x, g, step).nan_to_num(0.0, 0.0, 0.0)
+        for device, start, stop, x, h in self._signals(signal, moving, grads, steps):
+            h = h.nan_to_num(0.0, 0.0, 0.0)
             if group["hold_zeros"]:
                 h.mul_(is_alive := x != 0)
                 counts.append(is_alive.sum())
@@ -275,6 +272,29 @@ class Simplex:
         n = total(counts).clamp_min(1.0) if counts else sum(p.numel() for p in moving)
         mean = (total(sizes) / n).float().nan_to_num(0.0, 0.0, 0.0)  # a sum of finite signals may still overflow
         group["signal_scale"] = torch.where(scale > 0, scale.lerp(mean.minimum(CLIP * scale), 1 - _SCALE_DECAY), mean)
+
+    def _signals(
+        self,
+        signal: Signal,
+        moving: list[Tensor],
+        grads: Mapping[Tensor, Tensor],
+        steps: Mapping[Tensor, Tensor] | None,
+    ) -> Iterator[tuple[torch.device, int, int, Tensor, Tensor]]:
+        """Runs of the flat buffers with the weights and the signal of each; one of the user's own sees whole
+        tensors."""
+        if signal in ELEMENTWISE:
+            for device, start, stop, parts in self._pieces(moving):
+                x, g = (
+                    _gather([(flatten(of(p).detach(), p), a, b) for p, a, b in parts])
+                    for of in (lambda p: p, grads.__getitem__)
+                )
+                step = None if steps is None else _gather([(flatten(steps[p], p), a, b) for p, a, b in parts])
+                yield device, start, stop, x, signal(x, g, step)
+        else:
+            for p in moving:
+                x, step = p.detach().float(), None if steps is None else steps[p].float()
+                h = signal(x, grads[p].detach().float(), step)
+                yield *self._places[p], flatten(x, p), flatten(h, p)
 
     def _keep_totals(
         self, w: dict[torch.device, Tensor], normalizer: Tensor, moving: list[Tensor], idle: list[Tensor]

@@ -10,6 +10,9 @@ can do in the registers of the loop that uses them. Philox for every element wou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,14 +92,26 @@ def kept_bits(bits: Tensor, keep: Tensor) -> Tensor:
     return (bits >> 1).sub_(keep.mul(2.0**31).sub_(2.0**30).to(torch.int32)).bitwise_right_shift_(31)
 
 
-def bits(
-    rows: range, *, seed: int, step: int, group: int, stream: int = 0, device: torch.device | str = "cpu"
-) -> Tensor:
-    """The random bits of some rows of 4096 elements, int32, one dimension; see :func:`row_keys`."""
+def bit_blocks(
+    rows: range,
+    at_once: int,
+    *,
+    seed: int,
+    step: int,
+    group: int,
+    stream: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """The random bits of some rows of 4096 elements, some rows at once, int32, one dimension; see :func:`row_keys`."""
     row = torch.arange(rows.start, rows.stop, device=device)
     position = torch.arange(ROW, dtype=torch.int32, device=device)
     keys = row_keys(row, seed=seed, step=step, group=group, stream=stream).unsqueeze(1)
-    return row_bits(keys, position).view(-1)
+    return (row_bits(part, position).view(-1) for part in keys.split(at_once))
+
+
+def bits(rows: range, **place: Any) -> Tensor:
+    """The random bits of some rows, all at once."""
+    return next(bit_blocks(rows, max(len(rows), 1), **place))
 
 
 def as_uniform(words: Tensor) -> Tensor:

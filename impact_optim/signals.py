@@ -1,6 +1,6 @@
 """Importance signals: what a weight's importance goes down with.
 
-Each is one function ``signal(weight, grad, step) -> h``, elementwise on flat float32 tensors, with
+Each is one function ``signal(weight, grad, step) -> h`` of float32 tensors of one shape, with
 
 - ``weight``: the dense weights x, as they were when the gradient was taken;
 - ``grad``: g, the gradient at the weights that the forward pass saw, dense also where a weight was dropped;
@@ -67,3 +67,6 @@ SIGNALS: dict[str, Signal] = {
 READS_STEP = {"lookahead", "hypergradient"}
 """Names of the signals that read the last step. ``"hypergradient"`` keeps it from one step to the next, 4 bytes a
 weight; add the name of your own signal if it reads ``step``."""
+
+ELEMENTWISE: set[Signal] = set(SIGNALS.values())
+"""Signals that may be taken of several tensors at once, or of parts of them. One of your own sees whole tensors."""

@@ -101,7 +101,7 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
     Up to 4096 weights are sorted, and the level is exact. With more, Newton steps begin at the level of a sample. The
     mean is a concave, piecewise linear function of c, so that a step lands at or below the root, and the next ones rise
     to it. They work with what is missing, :math:`\sum \max(0, 1 - c w)`, which stays accurate at small drop rates. On a
-    CPU they go on until the budget is met to 1e-5 of what is dropped or kept; elsewhere there are sixteen, since to
+    CPU they go on until the budget is met to 1e-4 of what is dropped or kept; elsewhere there are sixteen, since to
     look would wait for the device.
 
     Args:
@@ -119,7 +119,7 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
     on_cpu = _may_wait(w)
     live = torch.tensor(float(n), dtype=torch.float64, device=level.device) if alive is None else alive.double()
     missing = (1.0 - mean) * live
-    tolerance = 1e-5 * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
+    tolerance = 1e-4 * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
     closest = math.inf
     exact = torch.float64 if mean < 0.01 else None  # what is open is then a small difference of large sums
     for _ in range(_MOST_STEPS if on_cpu else _NEWTON_STEPS):
