@@ -992,6 +992,30 @@ def test_interrupted_at_any_line_it_has_changed_nothing_or_all(face, stride):
     assert k > 100
 
 
+@with_muon
+def test_a_step_that_is_interrupted_revives_nothing(face):
+    """Muon moves zeros too, and the engine does not come to make them zero again."""
+    model = two_layers(bias=face is not MUON)
+    engine, optimizer = face(model, **OPTIONS)
+    run(model, optimizer, range(3))
+    engine.sparsify(0.5)
+    held = zeros(model)
+
+    def interrupt(*_):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01)
+        raise Interrupted
+
+    handle = optimizer.register_step_post_hook(interrupt)
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    with pytest.raises(Interrupted):
+        run(model, optimizer, range(3, 4))
+    handle.remove()
+    run(model, optimizer, range(3, 6))
+    assert_held(model, optimizer, held)
+
+
 @every_face
 def test_a_step_of_the_base_that_fails_leaves_dense_gradients(face):
     model = two_layers()
