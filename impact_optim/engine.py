@@ -223,7 +223,7 @@ class Engine:
         step = self._steps[optimizer] = _Step(closure=closure)
         for simplex in simplexes:
             group = simplex.group
-            grads = {p: p.grad for p in simplex.members if p.grad is not None}
+            grads = {p: p.grad for p in simplex.members if p.grad is not None and p.grad.layout is torch.strided}
             if group["importance"] in READS_STEP:
                 step.before.update((p, p.detach().clone()) for p in grads)
             if group["importance"] not in ("uniform", "lookahead"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..impact_sgd import ImpactSGD
-from ..options import OPTIONS
+from ..options import OPTIONS, is_number
 
 BASELINE, ADAMW, GRADUAL = "baseline", "adamw", "gradual-magnitude"
 
@@ -99,6 +99,9 @@ def arm_options(
         if BASELINE in options:  # the same trajectory, of an optimizer that can
             options[BASELINE].update(ARMS[GRADUAL])
     for arm in arms:  # a wrong value shows now, not after the arms before it have trained
+        for name in ("lr", "momentum", "dampening", "weight_decay"):
+            if not is_number(value := options[arm].get(name, 0.0)):
+                raise ValueError(f"arm {arm}: Invalid {name}: {value!r}; it must be a number")
         try:
             build_optimizer(arm, nn.Linear(2, 2), options[arm], seed=0)
         except (ValueError, TypeError) as error:
