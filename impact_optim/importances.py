@@ -325,10 +325,14 @@ class Simplex:
         """π, flat, and how many weights share the budget, if some are held at zero."""
         group = self.group
         w, alive = self._weights()
-        target = fill_target(group["drop_rate"], group["keep_floor"], group["drop"])
+        drop_rate = group["drop_rate"]
+        if group["sampling"] == "exact":  # what such a mask can drop: whole weights
+            n = max(sum(t.numel() for t in w.values()) if alive is None else int(alive), 1)
+            drop_rate = round(drop_rate * n) / n
+        target = fill_target(drop_rate, group["keep_floor"], group["drop"])
         self._normalizer = self._normalize(w, alive)
         if self._flat is None or group["importance"] == "uniform" or not 0.0 < target < 1.0:
-            return {d: t.sign_().mul_(1.0 - group["drop_rate"]) for d, t in w.items()}, alive
+            return {d: t.sign_().mul_(1.0 - drop_rate) for d, t in w.items()}, alive
         level = fill_level(list(w.values()), target, alive)
         for device, t in w.items():
             c = level.to(device, torch.float32)
