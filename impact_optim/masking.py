@@ -149,7 +149,10 @@ class _Parameters(dict[str, Any]):
         if param is None or module is None:
             return param
         if name in self.placed:  # unless the module was switched to another mode on the way, or gradients off
-            return param if torch.is_grad_enabled() and module.training == self.mode else self.placed[name]
+            is_seen = torch.is_grad_enabled() and module.training == self.mode
+            if is_seen and not torch.compiler.is_compiling():  # the pass may have been left by a KeyboardInterrupt
+                is_seen = any((masking := ref()) is not None and masking._is_open() for ref in self.maskings)
+            return param if is_seen else self.placed.get(name, super().__getitem__(name))
         if torch.compiler.is_compiling():
             return param
         for ref in self.maskings:
@@ -206,7 +209,7 @@ class Masking:
         self._owner = weakref.ref(owner)
         self._handles: dict[nn.Module, list[torch.utils.hooks.RemovableHandle]] = {}
         self._here = _Pass()
-        self._placed: list[tuple[_Parameters, str, Tensor | None]] = []
+        self._placed: list[tuple[_Parameters, str, Tensor, int]] = []
         self.placer = 0
         """The id of the module for whose call compiled parts are seen to; 0 for none."""
         self._dense: list[tuple[Tensor, Tensor]] | None = None
@@ -310,21 +313,21 @@ class Masking:
             return
         while here.calls.pop() is not module:  # calls inside it that were left by a KeyboardInterrupt
             pass
-        if self.placer == id(module) and module not in here.calls:
-            self._take_out()
+        written = self._take_out() if self.placer == id(module) and module not in here.calls else []
         if not here.calls:
-            written = [
-                (param, read.weight) for param, read in here.reads.items() if read.weight._version != read.version
+            written += [
+                param
+                for param, read in here.reads.items()
+                if read.weight._version != read.version and not any(_rescales(part, param) for part in module.modules())
             ]
             self._close()
-            for param, _ in written:
-                if not any(_rescales(part, param) for part in module.modules()):
-                    name = next((name for name, p in module.named_parameters() if p is param), "a weight")
-                    raise RuntimeError(
-                        f"the forward pass of {type(module).__name__} has written to {name} in place, which would be "
-                        "lost, since what it reads is a masked copy: write under torch.no_grad(), or put the parameter "
-                        "in a group with drop_rate=0"
-                    )
+        for param in written:
+            name = next((name for name, p in module.named_parameters() if p is param), "a weight")
+            raise RuntimeError(
+                f"the forward pass of {type(module).__name__} has written to {name} in place, which would be lost, "
+                "since what it reads is a masked copy: write under torch.no_grad(), or put the parameter in a group "
+                "with drop_rate=0"
+            )
 
     def _close(self) -> None:
         """Ends the pass of this thread."""
@@ -394,17 +397,22 @@ class Masking:
                 key = (param, part.training)
                 if key not in made:
                     made[key] = self._make(part, param)
-                if made[key] is not None:
+                if (weight := made[key]) is not None:
                     params.placed[name], params.mode = param, part.training
-                    self._placed.append((params, name, made[key]))
-        for params, name, weight in self._placed:
+                    self._placed.append((params, name, weight, weight._version))
+        for params, name, weight, _ in self._placed:
             dict.__setitem__(params, name, weight)
 
-    def _take_out(self) -> None:
-        self.placer = 0
-        for params, name, _ in self._placed:
-            dict.__setitem__(params, name, params.placed.pop(name))
-        self._placed = []
+    def _take_out(self) -> list[Tensor]:
+        """Puts the parameters back; returns those whose masked weights were written to."""
+        self.placer, placed, self._placed = 0, self._placed, []
+        written: list[Tensor] = []
+        for params, name, weight, version in placed:
+            param = params.placed.pop(name)
+            dict.__setitem__(params, name, param)
+            if params.mode and weight._version != version:  # in eval mode it is a view of the parameter
+                written.append(param)
+        return written
 
     # -- scopes --
 

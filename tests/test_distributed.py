@@ -139,29 +139,64 @@ def work(rank: int, folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    if rank == 0:
+        torch.save(shard(), f"{folder}/sharded.pt")
 
 
-def start(function: Any, folder: Path, processes: int) -> None:
-    """Runs a function in processes of its own, ends them if they hang, raises if they fail."""
-    context = mp.start_processes(function, args=(str(folder),), nprocs=processes, join=False, start_method="spawn")
+def shard() -> dict[str, str]:
+    """What becomes of FSDP of both kinds; one process suffices."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    outcomes = {}
+
+    def attempt(name: str, wrap: Any) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(6, 8)
+        try:
+            model = wrap(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+            optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5)
+            dense = model.eval()(x)
+            is_dense = torch.allclose(model.train()(x), dense)
+            model(x).sum().backward()
+            optimizer.step()
+            outcomes[name] = "dense" if is_dense else "masked"
+        except (RuntimeError, ValueError) as error:
+            outcomes[name] = f"{type(error).__name__}: {error}"
+
+    try:
+        from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+        cpu = torch.device("cpu")
+        attempt("flat", lambda m: FullyShardedDataParallel(m, device_id=cpu))
+        attempt("use_orig_params", lambda m: FullyShardedDataParallel(m, device_id=cpu, use_orig_params=True))
+        attempt("fully_shard", fully_shard)
+    finally:
+        dist.destroy_process_group()
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes, which run once for all tests, have put what they found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.start_processes(work, args=(str(folder),), nprocs=WORLD, join=False, start_method="spawn")
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=max(deadline - time.monotonic(), 0.1)):
             if time.monotonic() > deadline:
-                pytest.fail(f"the processes did not finish in {TIMEOUT:.0f} s")
+                pytest.fail(f"the ranks did not finish in {TIMEOUT:.0f} s")
     finally:
         for process in context.processes:
             if process.is_alive():
                 process.kill()
             process.join()
+    return folder
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """What each rank has to say of each scenario; the processes run once for all tests."""
-    folder = tmp_path_factory.mktemp("ranks")
-    start(work, folder, WORLD)
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(WORLD)]
+def ranks(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """What each rank has to say of each scenario."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def masks(result: dict[str, Any]) -> list[Tensor]:
@@ -226,55 +261,10 @@ def test_a_weight_that_only_the_other_rank_has_used_is_masked_too(ranks, name):
 # ------------------------------------------------------------------------------------------ sharded parameters
 
 
-def shard(rank: int, folder: str) -> None:
-    """What becomes of FSDP of both kinds; one process suffices."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
-    outcomes = {}
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-
-    def attempt(name: str, wrap: Any, **options: Any) -> None:
-        x = torch.randn(6, 8)
-        try:
-            model = wrap(build())
-            optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5, **options)
-            model.eval()
-            dense = model(x)
-            model.train()
-            is_dense = torch.allclose(model(x), dense)
-            model(x).sum().backward()
-            optimizer.step()
-            outcomes[name] = "dense" if is_dense else "masked"
-        except (RuntimeError, ValueError) as error:
-            outcomes[name] = f"{type(error).__name__}: {error}"
-
-    try:
-        from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-
-        cpu = torch.device("cpu")
-        attempt("flat", lambda m: FullyShardedDataParallel(m, device_id=cpu))
-        attempt("use_orig_params", lambda m: FullyShardedDataParallel(m, device_id=cpu, use_orig_params=True))
-        attempt("fully_shard", fully_shard)
-    finally:
-        dist.destroy_process_group()
-    torch.save(outcomes, f"{folder}/outcomes.pt")
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("sharded")
-    start(shard, folder, 1)
-    return torch.load(Path(folder, "outcomes.pt"), weights_only=True)
-
-
 @pytest.mark.parametrize("kind", ["flat", "use_orig_params", "fully_shard"])
-def test_sharded_parameters_are_refused_by_name(sharded, kind):
+def test_sharded_parameters_are_refused_by_name(folder, kind):
     """They would train without masks, in silence, or fail with others' words."""
-    outcome = sharded.get(kind, "")
+    outcome = torch.load(folder / "sharded.pt", weights_only=True).get(kind, "")
     assert "Error" in outcome, outcome
     assert ("FullyShardedDataParallel" if kind == "flat" else "fully_shard" if kind == "fully_shard" else "") in outcome
     assert "drop_rate=0" in outcome or "DistributedDataParallel" in outcome

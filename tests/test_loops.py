@@ -831,7 +831,7 @@ def test_a_network_trains_in_a_loop_with_one_line_swapped(network, face):
         return F.cross_entropy(logits(model, args).flatten(0, -2), target.flatten())
 
     losses = []
-    steps = 4 if network is resnet else 8
+    steps = 3 if network is resnet else 8
     for step in range(steps):
         before = clones(model)
         with torch.no_grad(), impact.masked():

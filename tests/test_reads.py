@@ -910,6 +910,66 @@ def test_a_compiled_part_that_the_loop_calls_is_masked(how):
     torch._dynamo.reset()
 
 
+class Writing(nn.Linear):
+    def __init__(self, how):
+        super().__init__(8, 8)
+        self.how, self.is_new = how, True
+
+    def forward(self, h):
+        if self.how == "interrupt":
+            torch._dynamo.graph_break()
+            super().forward(h)
+            torch._dynamo.graph_break()
+            raise KeyboardInterrupt
+        if self.how == "mul_":
+            self.weight.mul_(2)
+        elif self.is_new and self.how == "data":
+            self.weight.data.fill_(5.0)
+        elif self.is_new:
+            with torch.no_grad():
+                self.weight.fill_(5.0)
+        self.is_new = False
+        return super().forward(h)
+
+
+@pytest.mark.parametrize("how", ["mul_", "data", "no_grad"])
+def test_what_compiled_code_writes_reaches_the_parameter_or_is_refused(how):
+    torch._dynamo.reset()
+    model = nn.Sequential(Writing(how))
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.3)
+    called = torch.compile(model, backend="aot_eager")
+    before = clones(model)
+    try:
+        called(x)
+    except RuntimeError as error:
+        assert "has written to 0.weight in place" in str(error)  # noqa: PT017
+        assert_same(clones(model), before)
+    else:
+        assert how != "mul_"
+        assert (model[0].weight == 5).all()
+    optimizer.detach()
+    torch._dynamo.reset()
+
+
+def test_a_compiled_pass_that_a_keyboard_interrupt_has_left_leaves_the_weights_dense():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), Writing("interrupt"))
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.3)
+    called = torch.compile(model, backend="aot_eager")
+    dense = clones(model)
+    with pytest.raises(KeyboardInterrupt):
+        called(x)
+    assert_same(clones(copy.deepcopy(model)), dense)
+    assert_same({name: p.detach() for name, p in model.state_dict().items()}, dense)
+    assert model[0].weight is next(model.parameters())
+    assert model[1].weight is list(model.parameters())[2]
+    model[1].how = "none"
+    model[1].is_new = False
+    called(x).sum().backward()
+    optimizer.step()
+    torch._dynamo.reset()
+
+
 def test_impact_and_a_face_share_no_module():
     """Of two engines on one module, the one attached last masks; the other says so at its step."""
     model = network()
