@@ -133,7 +133,9 @@ class Simplex:
         if self._flat is not None:
             return self._flat
         flat = {
-            device: torch.zeros(sum(p.numel() for p in self.members if p.device == device), device=device)
+            device: torch.zeros(
+                sum(p.numel() for p in self.members if p.device == device), dtype=torch.float32, device=device
+            )
             for device in dict.fromkeys(p.device for p in self.members)
         }
         known = {p: stored for p in self.members if (stored := self._stored(p)) is not None}
@@ -206,7 +208,7 @@ class Simplex:
             sizes: dict[torch.device, int] = {}
             for place in self._places.values():
                 sizes[place.device] = max(sizes.get(place.device, 0), place.stop)
-            w = {device: torch.ones(size, device=device) for device, size in sizes.items()}
+            w = {device: torch.ones(size, dtype=torch.float32, device=device) for device, size in sizes.items()}
         else:
             w = {device: flat.exp() for device, flat in self._flat.items()}
         if not self.group["hold_zeros"]:
@@ -256,7 +258,7 @@ class Simplex:
         home = self.members[0].device
         scale = torch.as_tensor(group["signal_scale"], dtype=torch.float32, device=home)
         # No signal is used before its scale is known: the first one only sets it.
-        inverse = torch.where(scale > torch.finfo(torch.float32).tiny, scale.reciprocal(), 0.0)
+        inverse = scale.reciprocal().masked_fill_(scale <= torch.finfo(torch.float32).tiny, 0.0)
         sizes, counts = [], []
         for device, start, stop, x, h in self._signals(signal, moving, grads, steps):
             h = h.nan_to_num(0.0, 0.0, 0.0)
