@@ -117,7 +117,7 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
     if n <= SAMPLE:
         return level
     on_cpu = _may_wait(w)
-    live = torch.tensor(float(n), dtype=torch.float64, device=level.device) if alive is None else alive.double()
+    live = torch.full((), n, dtype=torch.float64, device=level.device) if alive is None else alive.double()
     missing = (1.0 - mean) * live
     tolerance = 1e-4 * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
     closest = math.inf
@@ -154,7 +154,7 @@ def _sorted_level(w: Tensor, mean: float) -> Tensor:
     w = w.double().sort(descending=True).values
     # With the k largest full, the others carry the rest: c_k = (mean·n - k) / (their sum). It is right for the first
     # k that leaves the next largest below 1.
-    n = (w > 0).sum()
+    n = (w > 0).sum(dtype=torch.float64)
     open_share = mean * n - torch.arange(len(w), dtype=torch.float64, device=w.device)
     tail = w.flip(0).cumsum(0).flip(0)
     level = open_share.clamp_min(1e-300) / tail.clamp_min(1e-300)
@@ -199,4 +199,6 @@ def perplexity(w: Tensor) -> Tensor:
 
 def total(parts: Sequence[Tensor]) -> Tensor:
     """The sum of scalars on any devices, float64, on the first one's."""
+    if len(parts) == 1:
+        return parts[0].double()
     return torch.stack([part.to(parts[0].device, non_blocking=True) for part in parts]).sum(dtype=torch.float64)

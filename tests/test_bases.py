@@ -116,7 +116,7 @@ SHAPES = [(4, 3), (3,), (), (2, 3, 2, 2), (1, 5), (0, 2)]
 
 
 @every_face
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     data=st.data(),
     options=st.fixed_dictionaries(

@@ -108,7 +108,7 @@ def compare(face, base, base_options, options, seed, foreach, steps=6):
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(
     base=sgd, options=options, nesterov=st.booleans(), dampening=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 10**6)
 )
@@ -119,7 +119,7 @@ def test_a_run_around_sgd_equals_the_reference(foreach, base, options, nesterov,
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(base=adamw, options=options, seed=st.integers(0, 10**6))
 def test_a_run_around_adamw_equals_the_reference(foreach, base, options, seed):
     compare(FACE["ImpactAdamW"], reference.AdamW(**base), base, options, seed, foreach)
