@@ -327,10 +327,9 @@ class Engine:
             if simplex.group["importance"] in READS_STEP:
                 self._look_back(optimizer, simplex, step)
         for p, zero in step.held.items():
-            with torch.set_grad_enabled(bool(self._home[p].group.get("differentiable"))):
-                if p.dtype in (torch.float16, torch.bfloat16):  # few bits: one that lives may come to zero by chance
-                    p.masked_fill_((p == 0) & ~zero, torch.finfo(p.dtype).tiny)
-                p.masked_fill_(zero, 0.0)
+            if p.dtype in (torch.float16, torch.bfloat16):  # few bits: a weight that lives may come to zero by chance
+                p.masked_fill_((p == 0) & ~zero, torch.finfo(p.dtype).tiny)
+            p.masked_fill_(zero, 0.0)
         for simplex in self._simplexes[optimizer]:
             simplex.store()
             simplex.group["mask_step"] += 1
