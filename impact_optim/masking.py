@@ -124,6 +124,12 @@ class MaskedWeight(Tensor):
     data = property(_get_data, lambda self, value: setattr(self._param, "data", value))
     grad = property(lambda self: self._param.grad, lambda self, value: setattr(self._param, "grad", value))
 
+    def register_hook(self, hook: Any) -> Any:
+        return self._param.register_hook(hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        return self._param.register_post_accumulate_grad_hook(hook)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return cast(Tensor, copy.deepcopy(self._param, memo))
 
@@ -236,6 +242,8 @@ class Masking:
                     other.displaced = True
         handles = self._handles[module] = []
         for part in module.modules():
+            if isinstance(part, torch.jit.ScriptModule):  # it takes no hooks, and reads its weights from C++
+                continue
             params = vars(part)["_parameters"]  # not part._parameters, for which a compiled module asks another one
             if not isinstance(params, _Parameters):
                 params = vars(part)["_parameters"] = _Parameters(part, params)
@@ -541,14 +549,14 @@ class _Hook:
         self.action = action
 
     def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
-        if torch.compiler.is_exporting() or is_fx_tracing():
+        if torch.compiler._is_exporting_flag:  # is_exporting() is true in all that torch 2.11 compiles
             return
         if torch.compiler.is_compiling():
             masking = self.masking()
             # Masked weights are in place, or the graph breaks here so that they can be put there.
             if masking is not None and masking.placer in (0, self.part):
                 self._run(module, args, True)
-        elif not torch._C._is_tracing():
+        elif not (is_fx_tracing() or torch._C._is_tracing()):
             self._run(module, args, _dynamo_is_active())
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -103,9 +103,10 @@ def bit_blocks(
     device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
     """The random bits of some rows of 4096 elements, some rows at once, int32, one dimension; see :func:`row_keys`."""
-    row = torch.arange(rows.start, rows.stop, device=device)
+    # The keys are made on the CPU: they are few, and take a hundred small operations.
+    keys = row_keys(torch.arange(rows.start, rows.stop), seed=seed, step=step, group=group, stream=stream).unsqueeze(1)
+    keys = keys.to(device, non_blocking=True)
     position = torch.arange(ROW, dtype=torch.int32, device=device)
-    keys = row_keys(row, seed=seed, step=step, group=group, stream=stream).unsqueeze(1)
     return (row_bits(part, position).view(-1) for part in keys.split(at_once))
 
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from impact_optim import ImpactSGD
 
@@ -442,6 +444,35 @@ def test_drop_rate_is_met_at_every_step(importance_lr, kl_weight, ramp):
 
 
 @every_face
+def test_sharpness_aware_minimization(face):
+    """The second pass, at the weights moved up the dense gradient, is under the masks of the first."""
+    model = mlp()
+    impact, optimizer = face(model, drop_rate=0.3)
+    by_hand = ByHand(model, face.plain)
+    for x, y in batches(4):
+        by = factors(model, impact)
+        F.cross_entropy(model(x), y).backward()
+        up = {name: 0.05 * p.grad for name, p in model.named_parameters()}
+        for sign in (1, -1):
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.add_(sign * up[name])
+            if sign == 1:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        moved = {name: (w.detach() + up[name]).requires_grad_() for name, w in by_hand.weights.items()}
+        masked = {name: w * by[name] for name, w in moved.items()}
+        F.cross_entropy(functional_call(by_hand.module, masked, (x,)), y).backward()
+        for name, w in by_hand.weights.items():
+            w.grad = moved[name].grad
+        by_hand.step()
+        by_hand.assert_equals(model, rtol=1e-4, atol=1e-5)
+
+
+@every_face
 @pytest.mark.parametrize("average", ["swa", "ema"])
 def test_averaged_model_averages_dense_weights_and_is_not_masked(average, face):
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
@@ -818,6 +849,33 @@ def logits(model: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.autograd.graph.save_on_cpu,
+        torch.autograd.detect_anomaly,
+        torch.autograd.profiler.profile,
+        lambda: FlopCounterMode(display=False),
+    ],
+    ids=["save_on_cpu", "detect_anomaly", "profile", "FlopCounterMode"],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_tools_around_a_step_change_nothing(context):
+    x, y = batches(1)[0]
+    found = []
+    for tool in (nullcontext, context):
+        torch.manual_seed(1)
+        model = mlp()
+        optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with tool():
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        found.append(clones(model))
+    assert_same(found[1], found[0])
+
+
 @every_face
 @pytest.mark.parametrize("network", [resnet, vit, gpt])
 def test_a_network_trains_in_a_loop_with_one_line_swapped(network, face):
@@ -1124,7 +1182,9 @@ def test_compiled_by_inductor(way):
     check_compiled(way, mlp, [(x,) for x, _ in batches(4)], "inductor")
 
 
-@WAYS
+@pytest.mark.parametrize(
+    "way", [way if way == "wrapper" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS.args[1]]
+)
 def test_compiled_model_under_a_drop_rate_that_decays_to_zero(way, counter):
     model = mlp()
     eager = copy.deepcopy(model)

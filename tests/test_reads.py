@@ -1,5 +1,6 @@
 """Forward passes that read or write their weights in ways of their own: masked, dense, or refused by name."""
 
+import asyncio
 import copy
 import io
 import pickle
@@ -157,6 +158,47 @@ def test_what_a_forward_pass_notes_on_its_weight_is_on_the_parameter():
         optimizer.step()
         model[0].weight.org.copy_(model[0].weight.data.clamp_(-1, 1))
     assert model[0].weight.abs().max() <= 1
+
+
+def test_hooks_that_a_forward_pass_registers_on_its_weight_are_on_the_parameter():
+    class Hooked(nn.Linear):
+        def forward(self, h):
+            if not seen:
+                self.weight.register_hook(lambda grad: seen.append(("gradient", grad.clone())))
+                self.weight.register_post_accumulate_grad_hook(lambda p: seen.append(("parameter", p)))
+            return super().forward(h)
+
+    seen = []
+    model = nn.Sequential(Hooked(8, 8))
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5)
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [name for name, _ in seen] == ["gradient", "parameter"] * 2
+    assert (seen[0][1] != 0).all()
+    assert seen[1][1] is model[0].weight
+
+
+def test_a_forward_pass_may_look_at_its_weight_in_any_way():
+    class Looking(nn.Linear):
+        def forward(self, h):
+            assert self.weight in {self.weight}
+            assert isinstance(self.weight, nn.Parameter)
+            assert self.weight.shape == (8, 8)
+            assert self.weight.grad is None or self.weight.grad.shape == (8, 8)
+            assert repr(self.weight).startswith("Parameter")
+            assert torch.equal(copy.copy(self.weight), self.weight.data)
+            assert self.weight.detach().numpy().shape == (8, 8)
+            assert str(self) == "Looking(in_features=8, out_features=8, bias=True)"
+            return super().forward(h)
+
+    model = Looking(8, 8)
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5)
+    for _ in range(2):
+        assert not torch.allclose(model(x), dense_output(model, x))
+        model(x).sum().backward()
+    optimizer.step()
 
 
 @every_face
@@ -378,6 +420,32 @@ def test_a_generator_that_reads_after_the_call_is_refused():
     optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5)
     sum(h.sum() for h in model(x)).backward()
     fail_at_the_step(optimizer, "weight")
+
+
+def test_an_async_forward_is_refused():
+    class Async(nn.Linear):
+        async def forward(self, h):
+            return super().forward(h)
+
+    model = Async(8, 8)
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5)
+    asyncio.run(model(x)).sum().backward()
+    fail_at_the_step(optimizer, "weight")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_part_is_refused_unless_it_is_trained_without_masks():
+    model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Linear(8, 8)))
+    optimizer = ImpactSGD(model, lr=1.0, drop_rate=0.5)
+    model(x).sum().backward()
+    fail_at_the_step(optimizer, r"1\.weight")
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "drop_rate": 0.0}]
+    optimizer = ImpactSGD(groups, lr=1.0, drop_rate=0.5)
+    optimizer.attach(model)
+    by = factors(model, optimizer)
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    assert_step_is_masked(model, optimizer, {"0.weight": by["0.weight"]})
 
 
 def test_a_parametrization_registered_later_is_refused_until_it_is_attached():
@@ -885,7 +953,7 @@ class AutoEncoder(nn.Module):
         return self.encoder(h)
 
 
-@pytest.mark.parametrize("how", ["eager", "wrapped part", "part in place", "method"])
+@pytest.mark.parametrize("how", ["eager", "wrapped part", "part in place", "method", "function"])
 def test_a_compiled_part_that_the_loop_calls_is_masked(how):
     torch._dynamo.reset()
     model = AutoEncoder()
@@ -898,6 +966,8 @@ def test_a_compiled_part_that_the_loop_calls_is_masked(how):
         model.encoder.compile(backend="aot_eager")
     elif how == "method":
         encode = torch.compile(model.encode, backend="aot_eager")
+    elif how == "function":
+        encode = torch.compile(lambda h: model.encoder(h), backend="aot_eager")
     for _ in range(2):
         h = encode(x)
         first = model.encoder[0]
