@@ -141,7 +141,9 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
             closest = error if error > 0.0 else closest
         # The bounds keep a start on the wrong side of a kink (nothing open, or a slope of nearly 0) on its way.
         slope = (total(opened) - gap_sum).clamp_min(1e-30)
-        level = level * (1.0 + (gap_sum - missing) / slope).clamp(1 / 8, 8)
+        before, level = level, level * (1.0 + (gap_sum - missing) / slope).clamp(1 / 8, 8)
+        if on_cpu and before.float() == level.float():
+            break
     return level
 
 
