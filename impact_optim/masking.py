@@ -146,8 +146,8 @@ class _Parameters(dict[str, Any]):
         self.maskings: list[weakref.ref[Masking]] = []
         self.placed: dict[str, nn.Parameter] = {}
         """The parameters in whose places something else lies, put there for compiled code."""
-        self.mode = True
-        """Whether that is for train mode."""
+        self.mode: bool | None = True
+        """Whether that is for train mode, or for eval mode; ``None`` for any mode."""
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
@@ -155,7 +155,7 @@ class _Parameters(dict[str, Any]):
         if param is None or module is None:
             return param
         if name in self.placed:  # unless the module was switched to another mode on the way, or gradients off
-            is_seen = torch.is_grad_enabled() and module.training == self.mode
+            is_seen = self.mode is None or (torch.is_grad_enabled() and module.training == self.mode)
             if is_seen and not torch.compiler.is_compiling():  # the pass may have been left by a KeyboardInterrupt
                 is_seen = any((masking := ref()) is not None and masking._is_open() for ref in self.maskings)
             return param if is_seen else self.placed.get(name, super().__getitem__(name))
@@ -303,7 +303,7 @@ class Masking:
                 roots = [part for part in module.modules() if part._compiled_call_impl is not None]
             if roots:
                 self.placer = id(module)
-                if not is_dense:
+                if not is_dense or (self._samples is not None and self._dense is None):
                     self._place(roots)
         if is_dense or not module.training:
             return
@@ -358,10 +358,11 @@ class Masking:
             mask = owner.read_mask(param) if again else None
             return param if mask is None else MaskedWeight.of(param, _masked(param, mask))
         if self._samples is not None:
-            if not here.samples:
-                self._samples += 1
-            factor = owner.sample(param, self._samples, here.samples)
-            return param if factor is None else MaskedWeight.of(param, param.detach() * factor.to(param.dtype))
+            if (made := self._make(module, param)) is None:
+                return param
+            if isinstance(module, nn.RNNBase):
+                here.recurrent.add(module)
+            return MaskedWeight.of(param, made)
         stamp = (param.data_ptr(), param._version, torch.is_grad_enabled(), module.training)
         read = here.reads.get(param)
         if read is None or read.stamp != stamp or "_is_exposed" in read.weight.__dict__:
@@ -376,7 +377,12 @@ class Masking:
 
     def _make(self, module: nn.Module, param: Tensor) -> Tensor | None:
         """What a module that is in a pass sees of a parameter, or ``None`` for the parameter itself."""
-        owner = self._owner()
+        owner, here = self._owner(), self._here
+        if owner is not None and self._samples is not None:
+            if not here.samples:
+                self._samples += 1
+            factor = owner.sample(param, self._samples, here.samples)
+            return None if factor is None else param.detach() * factor.to(param.dtype)
         if owner is None or not (_differentiates() if module.training else torch.is_grad_enabled()):
             return None
         mask = owner.current_mask(param)
@@ -406,7 +412,7 @@ class Masking:
                 if key not in made:
                     made[key] = self._make(part, param)
                 if (weight := made[key]) is not None:
-                    params.placed[name], params.mode = param, part.training
+                    params.placed[name], params.mode = param, part.training if self._samples is None else None
                     self._placed.append((params, name, weight, weight._version))
         for params, name, weight, _ in self._placed:
             dict.__setitem__(params, name, weight)

@@ -906,6 +906,31 @@ def test_every_pass_in_sampled_has_a_mask_of_its_own(training, face):
     assert torch.equal(model.train()(x).detach(), masked)  # the mask of the step is the same as before
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_every_pass_of_a_compiled_module_in_sampled_has_a_mask_of_its_own(training, gradients):
+    torch._dynamo.reset()
+    model = network().train(training)
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.3)
+    called = torch.compile(model, backend="aot_eager")
+    dense = clones(model)
+    with torch.set_grad_enabled(gradients), optimizer.sampled():
+        samples = torch.stack([called(x).detach() for _ in range(6)])
+    assert samples.std(0).min() > 0
+    assert_same(clones(model), dense)
+    torch.testing.assert_close(called.eval()(x), copy.deepcopy(model).eval()(x))
+    torch._dynamo.reset()
+
+
+def test_a_recurrent_layer_is_sampled_too():
+    model = nn.LSTM(8, 8)
+    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.3)
+    with torch.no_grad(), optimizer.sampled():
+        samples = torch.stack([model(x)[0] for _ in range(6)])
+    assert samples.std(0).min() > 0
+    assert all(w is p for w, p in zip(model._flat_weights, model.parameters(), strict=True))
+
+
 def test_sampling_changes_nothing_of_the_training():
     trained = []
     for sampling in (False, True):
