@@ -107,6 +107,12 @@ class Impact(Engine):
         if model is not None:
             self.attach(model)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizers": self.optimizers}  # all there is to know; a copy is attached to nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._bind(state["optimizers"])
+
     # -- where masks are seen --
 
     def attach(self, module: nn.Module) -> None:
@@ -447,8 +453,11 @@ Impact.__doc__ = (Impact.__doc__ or "").replace("{options}", documentation())
 class ImpactOptimizer(Impact):
     """What :class:`Impact` needs to be a torch optimizer itself: ``class ImpactSGD(ImpactOptimizer, SGD)``."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super(Engine, self).__getstate__()  # type: ignore[misc]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super(Engine, self).__setstate__(state)  # type: ignore[misc] # that of the torch optimizer
         if "_masking" not in self.__dict__:  # a copy or an unpickled optimizer; it is attached to nothing
             self._bind([self])  # type: ignore[list-item]
 

@@ -101,8 +101,8 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
     Up to 4096 weights are sorted, and the level is exact. With more, Newton steps begin at the level of a sample. The
     mean is a concave, piecewise linear function of c, so that a step lands at or below the root, and the next ones rise
     to it. They work with what is missing, :math:`\sum \max(0, 1 - c w)`, which stays accurate at small drop rates. On a
-    CPU they go on until the budget is met to 1e-4 of what is dropped or kept; elsewhere there are six,
-    from a sample of 65536, since to look would wait for the device.
+    CPU they go on until the budget is met to 1e-4 of what is dropped or kept; elsewhere there are six, from a sample of
+    65536, since to look would wait for the device.
 
     Args:
         w: the weights of the simplex, float32, not negative.
@@ -134,14 +134,16 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
                 gaps.append(gap.sum(dtype=exact))
                 opened.append(gap.count_nonzero())
         gap_sum = total(gaps)
+        slope = total(opened) - gap_sum
         if on_cpu:
             error = float(gap_sum - missing)
-            if abs(error) <= tolerance or error >= closest:  # below the root a step comes closer, but for rounding
+            # Below the root a step comes closer, but for rounding; unless what is open is so small that c·w is nothing
+            # beside 1, and the level has a long way to go.
+            if abs(error) <= tolerance or (error >= closest and error <= float(slope)):
                 break
             closest = error if error > 0.0 else closest
         # The bounds keep a start on the wrong side of a kink (nothing open, or a slope of nearly 0) on its way.
-        slope = (total(opened) - gap_sum).clamp_min(1e-30)
-        before, level = level, level * (1.0 + (gap_sum - missing) / slope).clamp(1 / 8, 8)
+        before, level = level, level * (1.0 + (gap_sum - missing) / slope.clamp_min(1e-30)).clamp(1 / 8, 8)
         if on_cpu and before.float() == level.float():
             break
     return level
