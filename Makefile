@@ -16,10 +16,10 @@ demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones:
 		--arms baseline gradual-magnitude saliency --set saliency.lr=0.2 --final-sparsity 0.9
 
 test: lint  ## linter, type checker and tests
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-slow: lint  ## the same with the long sweeps
-	$(BIN)/python -m pytest -q --slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q --slow -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

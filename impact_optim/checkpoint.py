@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .importances import is_weight
 from .options import DEFAULTS, check
 from .simplex import LOG_BOUND
+from .weights import is_matrix
 
 _LARGEST = 2 * LOG_BOUND  # of a log-importance, before it is normalised
 
@@ -119,7 +119,7 @@ def _check_state(name: str, param: Tensor, state: Any, own: dict[str, Any]) -> N
 def _check_complete(
     group: dict[str, Any], params: dict[Any, Tensor], state: dict[Any, Any], name: Callable[[Tensor], str]
 ) -> None:
-    states = {key: state[key] for key in group["params"] if state.get(key) and is_weight(params[key])}
+    states = {key: state[key] for key in group["params"] if state.get(key) and is_matrix(params[key])}
     lacking = [key for key, entries in states.items() if "log_importance" not in entries]
     if lacking and len(lacking) < len(states) and params[lacking[0]].requires_grad:
         raise ValueError(

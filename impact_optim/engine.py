@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .importances import Mask, Simplex, is_weight
+from .importances import Mask, Simplex
 from .masking import Masking
 from .options import DEFAULTS, check
 from .signals import READS_STEP
-
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+from .weights import is_matrix, stacked_vectors
 
 
 @dataclass
@@ -97,35 +95,13 @@ class Engine:
                 self._simplexes[each].append(Simplex(each, group, number, self._is_weight, self._normalized))
         self._is_lazy |= any(nn.parameter.is_lazy(p) for _, group in groups for p in group["params"])
         for simplex in self._all():
-            self._note_stacked(simplex.group)
+            self._vectors.update(stacked_vectors(simplex.group))
             simplex.refresh()
         self._home = {p: simplex for simplex in self._all() for p in simplex.members}
         self._hold_pruned()
 
     def _is_weight(self, param: Tensor) -> bool:
-        return is_weight(param) and param not in self._vectors
-
-    def _note_kinds(self, module: nn.Module) -> None:
-        """Biases and the parameters of norms are left alone, whatever their shape; weights that are normalised keep a
-        norm above 0."""
-        for part in module.modules():
-            own = dict(part.named_parameters(recurse=False))
-            for name, param in own.items():
-                if isinstance(part, _NORMS) or name.endswith("bias"):
-                    self._vectors.add(param)
-                if isinstance(part, ParametrizationList) or (name.endswith("_v") and name[:-1] + "g" in own):
-                    self._normalized.add(param)
-
-    def _note_stacked(self, group: dict[str, Any]) -> None:
-        """So are those of an ensemble whose members lie in one tensor, as :func:`torch.func.stack_module_state` has it:
-        a bias has the shape of a weight less its last dimensions, and such tensors are no ``nn.Parameter``."""
-        bare = [p for p in group["params"] if not isinstance(p, nn.Parameter)]
-        for p in bare:
-            if any(q.dim() > p.dim() > 1 and q.shape[: p.dim()] == p.shape for q in bare):
-                self._vectors.add(p)
-        for p, name in zip(group["params"], group.get("param_names", ()), strict=False):
-            if name.endswith("bias"):
-                self._vectors.add(p)
+        return is_matrix(param) and param not in self._vectors
 
     def _name(self, param: Tensor) -> str:
         """What to call a parameter in an error or in a table."""
@@ -181,8 +157,14 @@ class Engine:
 
     def note_dense_read(self, param: Tensor) -> None:
         """Takes note that the gradient of a parameter has come through a pass in eval mode, and may be dense."""
-        if (simplex := self._home.get(param)) is not None:
-            simplex.dense_reads.add(param)
+        simplex = self._home.get(param)
+        if simplex is None:
+            return
+        simplex.dense_reads.add(param)
+        # If the gradient begins now, a masked part of an earlier one is gone: zero_grad() was called in between.
+        contributed = {} if simplex.mask is None else simplex.mask.contributed
+        if param.grad is None and contributed.get(param) not in (None, torch._C._current_graph_task_id()):
+            del contributed[param]
 
     # -- before the step --
 
@@ -279,7 +261,7 @@ class Engine:
         mask, group = simplex.mask, simplex.group
         if mask is None and (group["drop_rate"] == 0 or self._is_lazy):
             return set()
-        masked = set() if mask is None else mask.contributed
+        masked = set() if mask is None else set(mask.contributed)
         others = [p for p in simplex.members if p.grad is not None and p not in masked and p not in simplex.dense_reads]
         if others and group["drop_rate"] > 0 and float(group["lr"]) != 0.0:
             if _ranks() > 1:  # what only other ranks have used
@@ -291,28 +273,8 @@ class Engine:
                     simplex.current_mask()
             for p in others:
                 if p.grad is not None and bool(p.grad.any()):
-                    raise RuntimeError(self._unreached(p))
+                    raise RuntimeError(_unreached(self._name(p), p, self._masking))
         return masked
-
-    def _unreached(self, param: Tensor) -> str:
-        name = self._name(param)
-        if not any(p is param for root in self._masking.attached() for p in root.parameters()):
-            if self._masking.displaced:
-                return (
-                    f"drop_rate > 0, but no forward pass can see the masks of {name}: another optimizer with masks has "
-                    "since been attached to its module; go on with that one, or attach() again"
-                )
-            return (
-                f"drop_rate > 0, but no forward pass can see the masks of {name}: pass the module to the optimizer, or "
-                "call attach(module). (Without a module: forward and backward inside `with optimizer.masked():`. "
-                "Without masks: drop_rate=0)"
-            )
-        return (
-            f"drop_rate > 0, but the gradient of {name} has come by a path that its masks do not reach: its module was "
-            "not called, or its forward pass read the weight elsewhere than from the module's attribute. Call the "
-            "module itself (not module.forward), attach() the part that the loop calls, or run forward and backward "
-            "inside `with optimizer.masked():`. To train it without masks, put it in a group with drop_rate=0"
-        )
 
     # -- after the step --
 
@@ -351,22 +313,12 @@ class Engine:
             return
         if step.closure is None or not taken:
             return
-        after = {p: p.detach().clone() for p in taken}
-        grads = [(p, p.grad) for each in self.optimizers for group in each.param_groups for p in group["params"]]
+        params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
         importances = simplex.importances()
-        try:
-            for p, value in taken.items():
-                p.copy_(step.before[p].float() - importances[p] * value.float())
-            with torch.enable_grad():
-                step.closure()
-            sign = -1.0 if simplex.group.get("maximize") else 1.0
-            found = {p: p.grad.mul(sign) for p in taken if p.grad is not None}
-        finally:
-            for p, value in after.items():
-                p.copy_(value)
-            for p, grad in grads:
-                p.grad = grad
-        simplex.update(found, taken)
+        trial = {p: step.before[p].float() - importances[p] * value.float() for p, value in taken.items()}
+        found = _gradients_at(trial, step.closure, params)
+        sign = -1.0 if simplex.group.get("maximize") else 1.0
+        simplex.update({p: grad * sign for p, grad in found.items()}, taken)
 
     # -- zeros --
 
@@ -393,6 +345,46 @@ class Engine:
         for simplex in self._simplexes[optimizer]:
             simplex.end_step()
         self._refresh()
+
+
+def _gradients_at(
+    weights: dict[Tensor, Tensor], closure: Callable[[], Any], params: list[Tensor]
+) -> dict[Tensor, Tensor]:
+    """The gradients that a closure finds at other weights; weights and gradients are what they were afterwards."""
+    values, grads = [(p, p.detach().clone()) for p in weights], [(p, p.grad) for p in params]
+    try:
+        for p, value in weights.items():
+            p.copy_(value)
+        with torch.enable_grad():
+            closure()
+        return {p: p.grad for p in weights if p.grad is not None}
+    finally:
+        for p, value in values:
+            p.copy_(value)
+        for p, grad in grads:
+            p.grad = grad
+
+
+def _unreached(name: str, param: Tensor, masking: Masking) -> str:
+    """What to say of a gradient that has come by a path that the masks do not reach."""
+    if any(p is param for root in masking.attached() for p in root.parameters()):
+        return (
+            f"drop_rate > 0, but the gradient of {name} has come by a path that its masks do not reach: its module was "
+            "not called, or its forward pass read the weight elsewhere than from the module's attribute. Call the "
+            "module itself (not module.forward), attach() the part that the loop calls, or run forward and backward "
+            "inside `with optimizer.masked():`. To train it without masks (or by a penalty alone, in steps that do not "
+            "call its module), put it in a group with drop_rate=0"
+        )
+    if masking.displaced:
+        return (
+            f"drop_rate > 0, but no forward pass can see the masks of {name}: another optimizer with masks has since "
+            "been attached to its module; go on with that one, or attach() again"
+        )
+    return (
+        f"drop_rate > 0, but no forward pass can see the masks of {name}: pass the module to the optimizer, or call "
+        "attach(module). (Without a module: forward and backward inside `with optimizer.masked():`. Without masks: "
+        "drop_rate=0)"
+    )
 
 
 class _Silence:

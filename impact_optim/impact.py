@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -14,10 +13,21 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from typing_extensions import Unpack
 
 from .engine import Engine
-from .importances import Simplex, empty_slices
+from .importances import Simplex
 from .options import OPTIONS, ImpactOptions, check, check_keys, completed, documentation, is_number
 from .simplex import perplexity
-from .sparsity import SparseTensor, SparsityReport, changed, choose, parse_pattern
+from .sparsity import (
+    SparseTensor,
+    SparsityReport,
+    changed,
+    choose,
+    fill_empty_slices,
+    own_masks,
+    parse_pattern,
+    scores_of,
+    sparse_values,
+)
+from .weights import normalized_weights, vectors_of
 
 __all__ = ["Impact", "TensorSummary"]
 
@@ -136,7 +146,8 @@ class Impact(Engine):
             UserWarning: ``drop_rate > 0`` finds nothing to mask.
         """
         _check_module(module, (p for each in self.optimizers for group in each.param_groups for p in group["params"]))
-        self._note_kinds(module)
+        self._vectors.update(vectors_of(module))
+        self._normalized.update(normalized_weights(module))
         self._refresh()
         self._masking.attach(module)
         wanted = any(simplex.group["drop_rate"] > 0 for simplex in self._all())
@@ -180,7 +191,7 @@ class Impact(Engine):
                 factors.update(mask.factors)
                 if torch.is_grad_enabled() and not self._masking.in_scope:
                     mask.is_read = True
-                    mask.contributed.update(mask.factors)
+                    mask.contributed.update(dict.fromkeys(mask.factors, -1))
         with self._masking.substitute(factors):
             yield
 
@@ -253,8 +264,7 @@ class Impact(Engine):
             sparsity: the share of weights that are zero afterwards, in [0, 1); or a pattern such as ``"2:4"``, which
                 keeps 2 of every 4 neighbours along dimension 1 and leaves tensors dense that it does not divide.
             masks: in place of it, masks of your own: by name, as a report has them, or by parameter; True where a
-            weight
-                is kept.
+                weight is kept.
             by: what decides: ``"importance"`` w, ``"expected"`` \|x\|·π, or ``"magnitude"`` \|x\|.
             scope: ``"global"``, the share is of all tensors together, or ``"tensor"``, of each.
             params: the tensors to make sparse; by default all that masks touch.
@@ -264,8 +274,7 @@ class Impact(Engine):
 
         Raises:
             ValueError: an argument is out of range, a tensor has no importances, or nothing would be left of one.
-            Nothing
-                has changed then.
+                Nothing has changed then.
             TypeError: something in ``params`` is no tensor.
             RuntimeError: inside a scope of :meth:`masked` or :meth:`expected`.
         """
@@ -278,44 +287,32 @@ class Impact(Engine):
         if (sparsity is None) == (masks is None):
             raise ValueError("sparsify() takes either a sparsity or masks")
         if masks is not None:
-            kept = self._given(masks)
+            kept = own_masks(masks, self._home, self._normalized, self._name)
         else:
             goal: Any = parse_pattern(sparsity) if isinstance(sparsity, str) else sparsity
             if not isinstance(goal, tuple) and not (is_number(goal) and 0.0 <= goal < 1.0):
                 raise ValueError(f"Invalid sparsity: {sparsity}; it must lie in [0, 1), or be a pattern such as '2:4'")
-            scores = self._scores(by, None if params is None else [*params])
+            selected = None if params is None else list(params)
+            for p in selected or ():
+                if self._find(p)[1] is None:
+                    raise ValueError(
+                        f"{self._name(p)} is never masked, and cannot be made sparse: leave it out of params"
+                    )
+            scores = scores_of(self._all(), by, selected, self._name)
             if not scores:
                 raise ValueError(
                     "there is nothing to make sparse: masks touch trained tensors of two or more dimensions"
                 )
             kept = choose(scores, goal, scope, self._name)
             # A pattern leaves something of every row, over which norms go by default.
-            for p in self._normalized & kept.keys() if not isinstance(goal, tuple) else ():
-                for empty in empty_slices(kept[p]):  # its largest weight stays
-                    others = [d for d in range(p.dim()) if empty.shape[d] == 1]
-                    kept[p] |= empty & (scores[p] == scores[p].amax(others, keepdim=True))
+            if not isinstance(goal, tuple):
+                fill_empty_slices({p: kept[p] for p in self._normalized & kept.keys()}, scores)
+        simplexes = [simplex for simplex in self._all() if any(p in kept for p in simplex.members)]
         for p, mask in kept.items():
-            mask &= ~self._held(p)
-
-        simplexes = [s for s in self._all() if any(p in kept for p in s.members)]
-        values = []
-        for simplex in simplexes:
-            factors = simplex.expected_factors()
-            for p in simplex.members:
-                value = p.detach() * factors[p].to(p.dtype) if p in factors else p.detach()
-                gone = ~kept[p] if p in kept else self._held(p)
-                # What is left lives, also where it is zero now: a layer that begins at zero, or an underflow.
-                value = value.masked_fill((value == 0) & ~gone, torch.finfo(p.dtype).tiny).masked_fill_(gone, 0.0)
-                values.append((p.detach(), value))
-                if p in kept:
-                    tensors = [*simplex.optimizer.state.get(p, {}).values(), p.grad if p.is_leaf else None]
-                    tensors = [t.detach() for t in tensors if isinstance(t, Tensor) and t.shape == p.shape]
-                    values += [(t, t.masked_fill(gone, 0.0)) for t in tensors]
-        groups = [
-            (simplex.group, {key: simplex.group[key] for key in ("drop_rate", "hold_zeros")}) for simplex in simplexes
-        ]
+            mask &= ~self._home[p].held(p)
+        groups = [(s.group, {key: s.group[key] for key in ("drop_rate", "hold_zeros")}) for s in simplexes]
         try:
-            with changed(values):
+            with changed(sparse_values(simplexes, kept)):
                 for group, _ in groups:
                     group.update(drop_rate=0.0, hold_zeros=True)
                 self._hold_pruned()
@@ -326,61 +323,6 @@ class Impact(Engine):
         for simplex in simplexes:
             simplex.end_step()
         return SparsityReport([SparseTensor(self._name(p), mask, int(mask.sum())) for p, mask in kept.items()])
-
-    def _scores(self, by: str, params: list[Tensor] | None) -> dict[Tensor, Tensor]:
-        """What decides whether weights are kept; -inf where one is zero for good."""
-        for p in params or ():
-            if self._find(p)[1] is None:
-                raise ValueError(f"{self._name(p)} is never masked, and cannot be made sparse: leave it out of params")
-        chosen = None if params is None else set(params)
-        scores: dict[Tensor, Tensor] = {}
-        for simplex in self._all():
-            members = [p for p in simplex.members if chosen is None or p in chosen]
-            if not members:
-                continue
-            if by == "importance" and not simplex.is_learnt:
-                importance = simplex.group["importance"]
-                why = "yet, with" if simplex.group["mask_step"] else "before the first step, with"
-                why = "with" if importance == "uniform" else why
-                raise ValueError(
-                    f"{self._name(members[0])} has no importances {why} importance={importance!r}; choose "
-                    "by='magnitude'"
-                )
-            w = simplex.importances() if by == "importance" else {}
-            keep = simplex.keep_probabilities() if by == "expected" and simplex.group["drop_rate"] > 0 else {}
-            for p in members:
-                size = p.detach().float().abs()
-                score = w[p] if by == "importance" else size * keep[p] if p in keep else size
-                scores[p] = score.masked_fill(p == 0, -math.inf) if simplex.group["hold_zeros"] else score
-        return scores
-
-    def _given(self, masks: Mapping[Any, Tensor]) -> dict[Tensor, Tensor]:
-        """Masks of the user's own, by parameter."""
-        if not isinstance(masks, Mapping) or not all(isinstance(mask, Tensor) for mask in masks.values()):
-            raise TypeError("masks must be a dict of tensors, by the name of the parameter or by the parameter itself")
-        if not masks:
-            raise ValueError("masks is empty: there is nothing to make sparse")
-        names = {self._name(p): p for p in self._home}
-        kept = {}
-        for key, mask in masks.items():
-            p = names.get(key) if isinstance(key, str) else key
-            if p is None or p not in self._home:
-                raise ValueError(f"masks has a mask for {key!r}, which is no weight of this optimizer")
-            if mask.shape != p.shape:
-                raise ValueError(f"the mask of {self._name(p)} has shape {tuple(mask.shape)}, not {tuple(p.shape)}")
-            kept[p] = mask.to(p.device, torch.bool, copy=True)
-            if not (kept[p] & ~self._held(p)).any():
-                raise ValueError(f"the mask of {self._name(p)} would leave nothing of it, and the network dead")
-            if p in self._normalized and any(empty.any() for empty in empty_slices(kept[p])):
-                raise ValueError(
-                    f"the mask of {self._name(p)} would leave nothing of a row or a column, whose norm the layer "
-                    "divides by: keep a weight in each"
-                )
-        return kept
-
-    def _held(self, param: Tensor) -> Tensor:
-        """Where a weight is zero for good."""
-        return (param.detach() == 0) & torch.tensor(self._home[param].group["hold_zeros"], device=param.device)
 
     # -- read-outs --
 

@@ -9,31 +9,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .layout import BLOCK, flatten, unflatten
+from .layout import BLOCK, Places, flatten
 from .sampling import ROW, SAMPLED, TRAINING, as_uniform, bit_blocks, bits, kept_bits, pareto_sample
 from .signals import ELEMENTWISE, SIGNALS, Signal
 from .simplex import CLIP, LOG_BOUND, fill_level, fill_target, keep_probability, log_mean, mirror_step, total
+from .weights import empty_slices
 
 _SCALE_DECAY = 0.9  # of the running mean of |h|
 _RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
-
-
-def is_weight(param: Tensor) -> bool:
-    """Whether a parameter can be masked at all: a vector cannot, however many dimensions of length 1 it has."""
-    return not is_lazy(param) and sum(size > 1 for size in param.shape) >= 2
-
-
-def empty_slices(kept: Tensor) -> Iterator[Tensor]:
-    """Where nothing is left of a slice along some dimension, whose norm would be 0; broadcasts to the mask."""
-    for d in range(kept.dim()):
-        yield ~kept.movedim(d, 0).flatten(1).any(1).view([-1 if i == d else 1 for i in range(kept.dim())])
 
 
 class Mask:
@@ -48,18 +37,10 @@ class Mask:
         self.is_read = False
         """Whether a pass that may train has read it: from there on it stays as it is until the step."""
         self.is_over = False
-        self.contributed: set[Tensor] = set()
-        """The parameters to which a gradient has come through a masked read."""
+        self.contributed: dict[Tensor, int] = {}
+        """The parameters to which a gradient has come through a masked read, and the backward pass it last came by."""
         self.changes: dict[Tensor, list[int]] = {}
         """Of each parameter that was read, its version then, and how often that has changed."""
-
-
-class _Place(NamedTuple):
-    """Where a parameter's elements lie in the flat buffer of its device."""
-
-    device: torch.device
-    start: int
-    stop: int
 
 
 class Simplex:
@@ -87,7 +68,7 @@ class Simplex:
         self.mask: Mask | None = None
         self.dense_reads: set[Tensor] = set()
         """The weights whose gradient has come through a pass in eval mode since the last step, and may be dense."""
-        self._places: dict[Tensor, _Place] = {}
+        self._places = Places([])
         self._flat: dict[torch.device, Tensor] | None = None
         self._views: dict[Tensor, Tensor] = {}
         self._pending: set[Tensor] = set()
@@ -107,21 +88,13 @@ class Simplex:
 
     def _is_current(self, param: Tensor) -> bool:
         """Whether the flat buffer has room for a member, and the state holds the view of it or is still to get it."""
-        place = self._places[param]
         view = None if param in self._pending else self._views.get(param)
-        return (
-            place.stop - place.start == param.numel() and place.device == param.device and self._stored(param) is view
-        )
+        return self._places.fits(param) and self._stored(param) is view
 
     def _lay_out(self, members: list[Tensor]) -> None:
         """Puts the members, and the log-importances that the state has of them, into flat buffers."""
-        self.members, self._places, self._views, self._flat, self._normalizer = members, {}, {}, None, None
-        self._pending = set()
-        ends: dict[torch.device, int] = {}
-        for p in members:
-            start = ends.get(p.device, 0)
-            ends[p.device] = start + p.numel()
-            self._places[p] = _Place(p.device, start, start + p.numel())
+        self.members, self._places = members, Places(members)
+        self._flat, self._views, self._pending, self._normalizer = None, {}, set(), None
         if self.mask is not None and not self.mask.is_read:
             self.mask = None
         if any(self._stored(p) is not None for p in members):
@@ -132,18 +105,13 @@ class Simplex:
         """The flat buffers; makes them if there are none, all importances equal but for what the state holds."""
         if self._flat is not None:
             return self._flat
-        flat = {
-            device: torch.zeros(
-                sum(p.numel() for p in self.members if p.device == device), dtype=torch.float32, device=device
-            )
-            for device in dict.fromkeys(p.device for p in self.members)
-        }
+        flat = {d: torch.zeros(size, dtype=torch.float32, device=d) for d, size in self._places.sizes.items()}
         known = {p: stored for p in self.members if (stored := self._stored(p)) is not None}
         for p, stored in known.items():
             device, start, stop = self._places[p]
             flat[device][start:stop] = flatten(stored, p)
         self._flat = flat
-        self._views = {p: unflatten(flat[d][start:stop], p) for p, (d, start, stop) in self._places.items()}
+        self._views = self._places.split(flat)
         self._pending = set(self.members) - known.keys()
         for p in known:
             self.optimizer.state[p]["log_importance"] = self._views[p]
@@ -172,29 +140,6 @@ class Simplex:
         for p in self._pending:
             self._views[p].zero_()
 
-    def _pieces(self, params: list[Tensor]) -> Iterator[tuple[torch.device, int, int, list[tuple[Tensor, int, int]]]]:
-        """Runs of the flat buffers that cover some members, each with the parts of them that lie in it."""
-        device, start, stop = torch.device("cpu"), 0, 0
-        parts: list[tuple[Tensor, int, int]] = []
-        for p in params:
-            place = self._places[p]
-            position = place.start
-            while position < place.stop:
-                room = BLOCK - (stop - start) if place.device.type == "cpu" else place.stop - position
-                if parts and (place.device != device or position != stop or room <= 0):
-                    yield device, start, stop, parts
-                    parts = []
-                    continue
-                if not parts:
-                    device, start, stop = place.device, position, position
-                    room = BLOCK if place.device.type == "cpu" else place.stop - position
-                size = min(room, place.stop - position)
-                parts.append((p, position - place.start, position - place.start + size))
-                position += size
-                stop = position
-        if parts:
-            yield device, start, stop, parts
-
     # -- importances --
 
     @property
@@ -205,16 +150,13 @@ class Simplex:
     def _weights(self) -> tuple[dict[torch.device, Tensor], Tensor | None]:
         """w up to a constant, 0 where a zero is held, flat; and how many are not held, if any may be."""
         if self._flat is None:
-            sizes: dict[torch.device, int] = {}
-            for place in self._places.values():
-                sizes[place.device] = max(sizes.get(place.device, 0), place.stop)
-            w = {device: torch.ones(size, dtype=torch.float32, device=device) for device, size in sizes.items()}
+            w = {d: torch.ones(size, dtype=torch.float32, device=d) for d, size in self._places.sizes.items()}
         else:
             w = {device: flat.exp() for device, flat in self._flat.items()}
         if not self.group["hold_zeros"]:
             return w, None
         alive = []
-        for device, start, stop, parts in self._pieces(self.members):
+        for device, start, stop, parts in self._places.pieces(self.members):
             is_alive = _gather([(flatten(p.detach(), p), a, b) for p, a, b in parts]) != 0
             w[device][start:stop].mul_(is_alive)
             alive.append(is_alive.sum())
@@ -232,7 +174,7 @@ class Simplex:
             return {}
         w, alive = self._weights()
         scale = self._normalize(w, alive).exp()
-        return self._split({device: t.div_(scale.to(device)) for device, t in w.items()})
+        return self._places.split({device: t.div_(scale.to(device)) for device, t in w.items()})
 
     @torch.no_grad()
     def update(self, grads: Mapping[Tensor, Tensor], steps: Mapping[Tensor, Tensor] | None = None) -> None:
@@ -285,7 +227,7 @@ class Simplex:
         """Runs of the flat buffers with the weights and the signal of each; one of the user's own sees whole
         tensors."""
         if signal in ELEMENTWISE:
-            for device, start, stop, parts in self._pieces(moving):
+            for device, start, stop, parts in self._places.pieces(moving):
                 x, g = (
                     _gather([(flatten(of(p).detach(), p), a, b) for p, a, b in parts])
                     for of in (lambda p: p, grads.__getitem__)
@@ -348,7 +290,7 @@ class Simplex:
     @torch.no_grad()
     def keep_probabilities(self) -> dict[Tensor, Tensor]:
         """π of every member, of its shape, float32."""
-        return self._split(self._keep()[0]) if self.members else {}
+        return self._places.split(self._keep()[0]) if self.members else {}
 
     def expected_factors(self) -> dict[Tensor, Tensor]:
         """What each weight is multiplied with in the mean of its masked versions: π, or 1 but where the cap bites."""
@@ -356,6 +298,11 @@ class Simplex:
             return {}
         divisor = self.smallest_divisor()
         return {p: keep.div_(divisor).clamp_(max=1.0) for p, keep in self.keep_probabilities().items()}
+
+    def held(self, param: Tensor) -> Tensor:
+        """Where a member is zero for good."""
+        is_zero = param.detach() == 0
+        return is_zero if self.group["hold_zeros"] else torch.zeros_like(is_zero)
 
     def smallest_divisor(self) -> float:
         """What a kept weight is divided by where π is smaller; with ``rescale="none"`` always 1."""
@@ -401,7 +348,7 @@ class Simplex:
                 masks = (kept_bits(b[: len(part)], part) for b, part in zip(random, keep.split(size), strict=True))
             for part, kept in zip(keep.split(size), masks, strict=True):
                 part.clamp_(min=divisor).reciprocal_().view(torch.int32).bitwise_and_(kept)
-        split = self._split(factors)
+        split = self._places.split(factors)
         for p in self._normalized & split.keys():
             for empty in empty_slices(split[p] != 0):
                 split[p].masked_fill_(empty, 1.0)
@@ -427,9 +374,6 @@ class Simplex:
     def sample(self, number: int) -> dict[Tensor, Tensor]:
         """The factors of mask ``number`` of :meth:`Impact.sampled`, from a stream that no training step draws from."""
         return self.draw(number, SAMPLED)
-
-    def _split(self, flat: dict[torch.device, Tensor]) -> dict[Tensor, Tensor]:
-        return {p: unflatten(flat[d][start:stop], p) for p, (d, start, stop) in self._places.items()}
 
 
 def _gather(parts: list[tuple[Tensor, int, int]]) -> Tensor:

@@ -7,7 +7,8 @@ that no index has to be translated. A tensor with gaps or overlaps counts in the
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -59,6 +60,64 @@ def blocks(*tensors: _MaybeTensor) -> Iterator[tuple[_MaybeTensor, ...]]:
     parts = iter([t.split(BLOCK) for t in flat])
     count = -(-present[0].numel() // BLOCK)
     yield from zip(*[(None,) * count if t is None else next(parts) for t in tensors], strict=True)
+
+
+class Places:
+    """Where the elements of tensors lie in flat buffers, one for each device.
+
+    Args:
+        params: in this order, one after the other.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.sizes: dict[torch.device, int] = {}
+        """How many elements the buffer of each device has."""
+        self._runs: dict[Tensor, tuple[torch.device, int, int]] = {}
+        for p in params:
+            start = self.sizes.get(p.device, 0)
+            self.sizes[p.device] = start + p.numel()
+            self._runs[p] = (p.device, start, start + p.numel())
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._runs
+
+    def __getitem__(self, param: Tensor) -> tuple[torch.device, int, int]:
+        """The device of a parameter, and where its elements begin and end in the buffer there."""
+        return self._runs[param]
+
+    def fits(self, param: Tensor) -> bool:
+        """Whether a parameter still has the size and the device that its place was made for."""
+        device, start, stop = self._runs[param]
+        return stop - start == param.numel() and device == param.device
+
+    def split(self, flat: Mapping[torch.device, Tensor]) -> dict[Tensor, Tensor]:
+        """Views of the buffers, of the shape of each parameter."""
+        return {p: unflatten(flat[device][start:stop], p) for p, (device, start, stop) in self._runs.items()}
+
+    def pieces(
+        self, params: Iterable[Tensor]
+    ) -> Iterator[tuple[torch.device, int, int, list[tuple[Tensor, int, int]]]]:
+        """Runs of the buffers that cover some parameters, each with the parts of them that lie in it.
+
+        On a CPU a run fits the cache; elsewhere it is as long as can be.
+        """
+        device, start, stop = torch.device("cpu"), 0, 0
+        parts: list[tuple[Tensor, int, int]] = []
+        for p in params:
+            here, first, end = self._runs[p]
+            longest = BLOCK if here.type == "cpu" else sys.maxsize
+            position = first
+            while position < end:
+                if parts and (here != device or position != stop or stop - start >= longest):
+                    yield device, start, stop, parts
+                    parts = []
+                if not parts:
+                    device, start, stop = here, position, position
+                size = min(longest - (stop - start), end - position)
+                parts.append((p, position - first, position - first + size))
+                position = stop = position + size
+        if parts:
+            yield device, start, stop, parts
 
 
 @functools.lru_cache(maxsize=1024)

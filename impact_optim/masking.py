@@ -79,7 +79,7 @@ class _MaskedRead(torch.autograd.Function):
                 "that are gone: detach what is carried from one step to the next, such as a hidden state"
             )
         if (weight := ctx.weight()) is not None:
-            ctx.mask.contributed.add(weight)
+            ctx.mask.contributed[weight] = torch._C._current_graph_task_id()
         return grad, None, None
 
 
@@ -487,7 +487,7 @@ def _masked(param: Tensor, mask: Mask) -> Tensor:
     factor = mask.factors[param].to(param.dtype)
     if not torch._C._are_functorch_transforms_active():
         return cast(Tensor, _MaskedRead.apply(param, factor, mask))
-    mask.contributed.add(param)  # a transform has no backward pass that would tell
+    mask.contributed[param] = -1  # a transform has no backward pass that would tell
     masked = param.clone()  # its gradient is the identity
     with torch.no_grad():
         masked.mul_(factor)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .importances import Simplex
+from .weights import empty_slices
 
 __all__ = ["SparseTensor", "SparsityReport"]
 
@@ -98,6 +101,100 @@ def choose(
                 "scope='tensor', or leave the tensor out of params"
             )
     return masks
+
+
+def scores_of(
+    simplexes: Iterable[Simplex], by: str, params: Sequence[Tensor] | None, name: Callable[[Tensor], str]
+) -> dict[Tensor, Tensor]:
+    """What decides whether weights are kept: ``"importance"``, ``"expected"`` or ``"magnitude"``; -inf where one is
+    zero for good.
+
+    Raises:
+        ValueError: there are no importances.
+    """
+    chosen = None if params is None else set(params)
+    scores: dict[Tensor, Tensor] = {}
+    for simplex in simplexes:
+        members = [p for p in simplex.members if chosen is None or p in chosen]
+        if not members:
+            continue
+        if by == "importance" and not simplex.is_learnt:
+            importance = simplex.group["importance"]
+            why = "yet, with" if simplex.group["mask_step"] else "before the first step, with"
+            raise ValueError(
+                f"{name(members[0])} has no importances {'with' if importance == 'uniform' else why} "
+                f"importance={importance!r}; choose by='magnitude'"
+            )
+        w = simplex.importances() if by == "importance" else {}
+        keep = simplex.keep_probabilities() if by == "expected" and simplex.group["drop_rate"] > 0 else {}
+        for p in members:
+            size = p.detach().float().abs()
+            score = w[p] if by == "importance" else size * keep[p] if p in keep else size
+            scores[p] = score.masked_fill(simplex.held(p), -math.inf)
+    return scores
+
+
+def own_masks(
+    masks: Any, homes: Mapping[Tensor, Simplex], normalized: set[Tensor], name: Callable[[Tensor], str]
+) -> dict[Tensor, Tensor]:
+    """Masks of the user's own, by parameter.
+
+    Args:
+        masks: by name or by parameter.
+        homes: the simplex of each weight.
+        normalized: weights that a module divides by their norm.
+        name: what to call a tensor.
+
+    Raises:
+        TypeError, ValueError: they are none, or would leave nothing of a tensor.
+    """
+    if not isinstance(masks, Mapping) or not all(isinstance(mask, Tensor) for mask in masks.values()):
+        raise TypeError("masks must be a dict of tensors, by the name of the parameter or by the parameter itself")
+    if not masks:
+        raise ValueError("masks is empty: there is nothing to make sparse")
+    names = {name(p): p for p in homes}
+    kept = {}
+    for key, mask in masks.items():
+        p = names.get(key) if isinstance(key, str) else key
+        if p is None or p not in homes:
+            raise ValueError(f"masks has a mask for {key!r}, which is no weight of this optimizer")
+        if mask.shape != p.shape:
+            raise ValueError(f"the mask of {name(p)} has shape {tuple(mask.shape)}, not {tuple(p.shape)}")
+        kept[p] = mask.to(p.device, torch.bool, copy=True)
+        if not (kept[p] & ~homes[p].held(p)).any():
+            raise ValueError(f"the mask of {name(p)} would leave nothing of it, and the network dead")
+        if p in normalized and any(empty.any() for empty in empty_slices(kept[p])):
+            raise ValueError(
+                f"the mask of {name(p)} would leave nothing of a row or a column, whose norm the layer divides by: "
+                "keep a weight in each"
+            )
+    return kept
+
+
+def fill_empty_slices(masks: Mapping[Tensor, Tensor], scores: Mapping[Tensor, Tensor]) -> None:
+    """Lets the largest weight of each slice stay of which a mask would leave nothing."""
+    for p, mask in masks.items():
+        for empty in empty_slices(mask):
+            others = [d for d in range(p.dim()) if empty.shape[d] == 1]
+            mask |= empty & (scores[p] == scores[p].amax(others, keepdim=True))
+
+
+def sparse_values(simplexes: Iterable[Simplex], kept: Mapping[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The weights, their states and their gradients, each with what it becomes when masks are for good."""
+    values: list[tuple[Tensor, Tensor]] = []
+    for simplex in simplexes:
+        factors = simplex.expected_factors()
+        for p in simplex.members:
+            value = p.detach() * factors[p].to(p.dtype) if p in factors else p.detach()
+            gone = ~kept[p] if p in kept else simplex.held(p)
+            # What is left lives, also where it is zero now: a layer that begins at zero, or an underflow.
+            value = value.masked_fill((value == 0) & ~gone, torch.finfo(p.dtype).tiny).masked_fill_(gone, 0.0)
+            values.append((p.detach(), value))
+            if p in kept:
+                own = [*simplex.optimizer.state.get(p, {}).values(), p.grad if p.is_leaf else None]
+                tensors = [t.detach() for t in own if isinstance(t, Tensor) and t.shape == p.shape]
+                values += [(t, t.masked_fill(gone, 0.0)) for t in tensors]
+    return values
 
 
 @contextmanager

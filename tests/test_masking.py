@@ -345,6 +345,18 @@ def test_gradients_of_passes_in_eval_mode_are_dense_and_so_is_the_step():
         torch.testing.assert_close(p.detach(), before[name] - 0.05 * p.grad)
 
 
+def test_a_gradient_that_zero_grad_has_removed_does_not_count():
+    model, optimizer = build()
+    model(x).sum().backward()  # masked, and then thought better of
+    optimizer.zero_grad()
+    model.eval()
+    model(x).sum().backward()
+    before = clones(model)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - 0.05 * p.grad)
+
+
 def test_two_optimizers_on_disjoint_parts_of_one_model():
     model, _ = build()
     first = ImpactSGD(model[0].parameters(), drop_rate=0.5)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from impact_optim import ImpactSGD
+from impact_optim import ImpactSGD, SparsityReport
+from impact_optim.sparsity import keep_largest
 
 
 class RigL(torch.optim.SGD):
@@ -89,9 +90,10 @@ def shuffled_fisher(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor
 class GradualLAMP(ImpactSGD):
     """Takes the sizes of weights by their layers, so that magnitude pruning over all layers empties none of them."""
 
-    def _scores(self, by: str, params: list[Tensor] | None) -> dict[Tensor, Tensor]:
-        sizes = super()._scores(by, params)  # -inf for what is pruned already
-        return {p: lamp(p.detach()).float().masked_fill(size == -math.inf, -math.inf) for p, size in sizes.items()}
+    def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
+        weights = {p: lamp(p.detach()) for group in self.param_groups for p in group["params"] if p.dim() >= 2}
+        count = round((1.0 - sparsity) * sum(p.numel() for p in weights))
+        return super().sparsify(masks=dict(zip(weights, keep_largest(list(weights.values()), count), strict=True)))
 
 
 def lamp(weight: Tensor) -> Tensor:
