@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .layout import BLOCK, Places, flatten
+from .options import OPTIONS
 from .sampling import ROW, SAMPLED, TRAINING, as_uniform, bit_blocks, bits, kept_bits, pareto_sample
 from .signals import ELEMENTWISE, SIGNALS, Signal
 from .simplex import CLIP, LOG_BOUND, fill_level, fill_target, keep_probability, log_mean, mirror_step, total
@@ -191,7 +192,7 @@ class Simplex:
         if not moving:
             return
         flat = self._start()
-        idle = [p for p in self.members if p not in set(moving)]
+        idle = [p for p in self.members if p not in grads or (steps is not None and p not in steps)]
         if self._normalizer is None or idle:
             w, alive = self._weights()
             self._normalizer = self._normalize(w, alive)
@@ -311,21 +312,10 @@ class Simplex:
     def current_mask(self) -> Mask:
         """The mask of this step; draws it if there is none, or if options have changed before it was used."""
         group = self.group
-        names = (
-            "drop_rate",
-            "drop",
-            "importance",
-            "rescale",
-            "keep_floor",
-            "sampling",
-            "hold_zeros",
-            "seed",
-            "mask_step",
-        )
-        stamp = tuple(group[name] for name in names)
+        stamp = (*(group[name] for name in OPTIONS), group["mask_step"])
         if self.mask is None or (not self.mask.is_read and self.mask.stamp != stamp):
             self.mask = Mask(self.draw(group["mask_step"]), stamp)
-        elif any(p not in self.mask.factors for p in self.members):  # thawed between two passes of a step
+        elif len(self.mask.factors) < len(self.members):  # thawed between two passes of a step
             self.mask.factors = {**self.draw(group["mask_step"]), **self.mask.factors}
         return self.mask
 

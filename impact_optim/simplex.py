@@ -132,7 +132,7 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
                 if alive is not None:
                     gap.mul_(part > 0)
                 gaps.append(gap.sum(dtype=exact))
-                opened.append(gap.count_nonzero())
+                opened.append(gap.sign_().sum(dtype=exact))  # faster than to count what is not zero
         gap_sum = total(gaps)
         slope = total(opened) - gap_sum
         if on_cpu:
