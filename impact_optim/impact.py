@@ -419,6 +419,33 @@ class ImpactOptimizer(Impact):
                 self.attach(root)
 
 
+def face_documentation(name: str, base: str, arguments: str, example: str) -> str:
+    """The docstring of an optimizer of torch with :class:`Impact` built in."""
+    return f"""Implements {base} with learnt importances and importance-driven DropConnect.
+
+    It is a :class:`torch.optim.{base}`, with :class:`Impact` built in; see there for the mathematics. With
+    ``drop_rate=0`` its trajectory is that of {base}, bit for bit.
+
+    Args:
+        params (Module or iterable): a module, which is attached at once (:meth:`attach`); or, as everywhere in
+            torch.optim, an iterable of parameters, of named parameters, or of dicts that define parameter groups. All
+            options can be given per group.
+        {arguments} (optional):
+            those of :class:`torch.optim.{base}`; the weight decay is that of the dense weights.
+{documentation()}
+
+    State per weight, beside {base}'s: ``log_importance``, 4 bytes whatever the dtype of the parameter
+    (``"hypergradient"`` also keeps the last step).
+
+    Example:
+        >>> optimizer = {name}(model, {example}, drop_rate=0.1)
+        >>> for input, target in loader:
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(input), target).backward()
+        ...     optimizer.step()
+    """
+
+
 def module_and_params(params: Any) -> tuple[nn.Module | None, Any]:
     """What the first argument of an optimizer stands for: a module, or what any torch optimizer takes."""
     return (params, params.parameters()) if isinstance(params, nn.Module) else (None, params)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from typing_extensions import Unpack
 
-from .impact import Impact, ImpactOptimizer, module_and_params
-from .options import ImpactOptions, completed, documentation
+from .impact import Impact, ImpactOptimizer, face_documentation, module_and_params
+from .options import ImpactOptions, completed
 
 __all__ = ["ImpactAdamW"]
 
@@ -51,27 +51,9 @@ class ImpactAdamW(ImpactOptimizer, AdamW):
         Impact.__init__(self, module, self, **options)
 
 
-ImpactAdamW.__doc__ = rf"""Implements AdamW with learnt importances and importance-driven DropConnect.
-
-    It is a :class:`torch.optim.AdamW`, with :class:`Impact` built in; see there for the mathematics. With
-    ``drop_rate=0`` its trajectory is that of AdamW, bit for bit.
-
-    Args:
-        params (Module or iterable): a module, which is attached at once (:meth:`attach`); or, as everywhere in
-        torch.optim,
-            an iterable of parameters, of named parameters, or of dicts that define parameter groups. All options can be
-            given per group.
-        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused (optional): those of
-            :class:`torch.optim.AdamW`; the decoupled weight decay is that of the dense weights.
-{documentation()}
-
-    State per weight, beside AdamW's: ``log_importance``, 4 bytes whatever the dtype of the parameter
-    (``"hypergradient"`` also keeps the last step).
-
-    Example:
-        >>> optimizer = ImpactAdamW(model, lr=1e-3, weight_decay=0.05, drop_rate=0.1)
-        >>> for input, target in loader:
-        ...     optimizer.zero_grad()
-        ...     loss_fn(model(input), target).backward()
-        ...     optimizer.step()
-    """
+ImpactAdamW.__doc__ = face_documentation(
+    "ImpactAdamW",
+    "AdamW",
+    "lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused",
+    "lr=1e-3, weight_decay=0.05",
+)

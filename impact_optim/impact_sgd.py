@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from typing_extensions import Unpack
 
-from .impact import Impact, ImpactOptimizer, module_and_params
-from .options import ImpactOptions, completed, documentation
+from .impact import Impact, ImpactOptimizer, face_documentation, module_and_params
+from .options import ImpactOptions, completed
 
 __all__ = ["ImpactSGD"]
 
@@ -49,27 +49,9 @@ class ImpactSGD(ImpactOptimizer, SGD):
         Impact.__init__(self, module, self, **options)
 
 
-ImpactSGD.__doc__ = rf"""Implements SGD with learnt importances and importance-driven DropConnect.
-
-    It is a :class:`torch.optim.SGD`, with :class:`Impact` built in; see there for the mathematics. With ``drop_rate=0``
-    its trajectory is that of SGD, bit for bit.
-
-    Args:
-        params (Module or iterable): a module, which is attached at once (:meth:`attach`); or, as everywhere in
-        torch.optim,
-            an iterable of parameters, of named parameters, or of dicts that define parameter groups. All options can be
-            given per group.
-        lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused (optional): those of
-            :class:`torch.optim.SGD`; the weight decay is that of the dense weights.
-{documentation()}
-
-    State per weight, beside SGD's: ``log_importance``, 4 bytes whatever the dtype of the parameter
-    (``"hypergradient"`` also keeps the last step).
-
-    Example:
-        >>> optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, weight_decay=5e-4, drop_rate=0.1)
-        >>> for input, target in loader:
-        ...     optimizer.zero_grad()
-        ...     loss_fn(model(input), target).backward()
-        ...     optimizer.step()
-    """
+ImpactSGD.__doc__ = face_documentation(
+    "ImpactSGD",
+    "SGD",
+    "lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused",
+    "lr=0.1, momentum=0.9, weight_decay=5e-4",
+)
