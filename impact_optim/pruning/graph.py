@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, core, varied
+from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, Step, Value, core, counts_units, varied
 from .operators import RULES
 from .rehearsal import (
     Inputs,
@@ -96,12 +96,12 @@ class UnitGraph:
     _training: tuple[bool, ...] = (False,)
     _axes: dict[AxisKey, _Place] = field(default_factory=dict)
     _sizes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _known: set[tuple[str, str]] = field(default_factory=set)  # sizes that operators give a meaning
     _seen: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
     _total: int = 0
     _opaque: dict[str, list[Any]] = field(default_factory=dict)
-    _constants: list[tuple[str, Any]] = field(default_factory=list)
+    _steps: list[Step] = field(default_factory=list)
     _norms: dict[str, str] = field(default_factory=dict)
-    _positional: bool = False  # whether what a cut leaves depends on more than which units are coupled
 
     def plan(self, units: Mapping[str, Sequence[int] | Tensor]) -> Plan:
         """What removing units (group name -> positions in the group) changes.
@@ -262,20 +262,12 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
         if name in ignored:
             atoms.freeze(labels, "its module is ignored")
     run.settle()
-    graph, number, counts = _build(model, run, atoms, axes)
-    graph._inputs, graph._training, graph._constants, graph._opaque = inputs, modes, run.constants, uncut.opaque
+    graph, counts = _build(model, run, atoms, axes)
+    graph._inputs, graph._training, graph._opaque = inputs, modes, uncut.opaque
     first, last = _sample(graph, 0), _sample(graph, -1)
     _settle_sizes(model, graph, counts, first)
     _rehearse(model, graph, [first, last])
-    # Of what has been joined, heads for instance, all of it may move along the others' dimensions.
-    moved = [number[atoms.find(core(labels))] for labels, dims in run.positional if _differs(atoms, labels, dims)]
-    graph._positional = any(len(_owners(graph, units)) > 0 for units in moved)
     return graph
-
-
-def _differs(atoms: Atoms, labels: Tensor, dims: set[int]) -> bool:
-    """Whether the units are not the same along dimensions, after all that has been joined."""
-    return not dims.isdisjoint(varied(atoms.find(core(labels))))
 
 
 def _names_in(model: nn.Module, part: nn.Module) -> list[str]:
@@ -292,11 +284,12 @@ def _propagate(
     atoms: Atoms,
     axes: dict[AxisKey, Tensor],
     names: dict[str, str],
-    constants: list[tuple[str, Any]] | None,
+    steps: Sequence[Step] | None,
 ) -> Propagation:
-    run = Propagation(model, atoms, axes, names, RULES, constants)
+    run = Propagation(model, atoms, axes, names, RULES, steps)
     for training in modes:
         _extend(run, model, inputs, plan, training)
+    run.end()
     return run
 
 
@@ -313,13 +306,11 @@ def _extend(run: Propagation, model: nn.Module, inputs: Inputs, plan: Plan, trai
     run.run(program)
 
 
-def _build(
-    model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]
-) -> tuple[UnitGraph, Tensor, _Counts]:
+def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]) -> tuple[UnitGraph, _Counts]:
     """Sorts sets of atoms into groups: those that occur in the same axes are of the same kind.
 
     Returns:
-        The graph, a table of each set's unit, -1 for none, and what integer attributes may count.
+        The graph, and what integer attributes may count.
     """
     owner: dict[int, AxisKey] = {int(atom): key for key, labels in axes.items() for atom in labels.tolist()}
     marked: dict[str, list[AxisKey]] = {}
@@ -370,10 +361,13 @@ def _build(
 
     graph._axes = {key: _Place(units(labels), roles[key]) for key, labels in axes.items()}
     graph._axes = {key: place for key, place in graph._axes.items() if (place.units >= 0).any()}
+    graph._steps = [step._replace(results=[_uncounted(value, units) for value in step.results]) for step in run.steps]
     counts: _Counts = {}
-    for module, attribute, labels, dim in run.sizes:
-        counted = _along(units(labels), dim) if core(labels).size(dim) > 1 else None
+    for module, attribute, counting, dim, sure in run.sizes:
+        counted = _along(units(counting), dim) if core(counting).size(dim) > 1 else None
         candidates = counts.setdefault((module, attribute), [])
+        if sure:
+            graph._known.add((module, attribute))
         if counted is None and None not in candidates:
             candidates.append(None)
         elif counted is not None and not any(other is not None and torch.equal(counted, other) for other in candidates):
@@ -388,7 +382,15 @@ def _build(
         if len(means) == 1 and mean is not None and run.normed[mean] == {weight}:
             graph._norms[weight] = mean
     graph._relist()
-    return graph, number[:-1], counts
+    return graph, counts
+
+
+def _uncounted(value: Value | None, units: Callable[[Tensor], Tensor]) -> tuple[int | None, ...] | None:
+    """The sizes of a tensor, ``None`` along dimensions where they count units."""
+    if value is None or 0 in value.shape:
+        return None
+    counting = {dim for labels in value.labels for dim in varied(units(labels))}
+    return tuple(None if dim in counting else size for dim, size in enumerate(value.shape))
 
 
 def _along(units: Tensor, dim: int) -> Tensor | None:
@@ -441,29 +443,48 @@ def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: M
             graph._sizes.pop(key, None)
             if labels is not None:
                 graph._sizes[key] = labels
-            if not any(_failure(model, graph, {name: chosen[name] for name in some}) for some in sets):
+            if not any(_fault(model, graph, {name: chosen[name] for name in some}) for some in sets):
                 break
 
     for key, candidates in cut.items():
         if len(candidates) > 1:
             settle(key, [None, *candidates], None)
-    # What is not cut may have as many, too: such attributes stay if the code does not survive that they follow.
-    doubtful = [key for key, labels in graph._sizes.items() if None in counts[key] and len(cut[key]) == 1]
-    if doubtful and _failure(model, graph, {name: chosen[name] for name in graph.groups}):
+    # Others have the same number by chance: what has no telling name, and the code does not need, stays.
+    together: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for key, labels in graph._sizes.items():
+        if key not in graph._known:
+            together.setdefault(tuple(_owners(graph, labels)), []).append(key)
+    follows, stay = graph._sizes, set[tuple[str, str]]()
+    decided: dict[frozenset[Any], set[Any]] = {}
+    for names, keys in together.items():
         # Layers that differ in their numbers only decide alike: a deep model has hundreds of such attributes.
-        failing: dict[str, bool] = {}
-        for name in graph.groups:
-            if _numberless(name) not in failing:
-                failing[_numberless(name)] = _failure(model, graph, {name: chosen[name]}) is not None
-        stays: dict[tuple[str, str], bool] = {}
-        for key in doubtful:
-            alike = _numberless(key[0]), key[1]
-            if alike in stays:
-                if stays[alike]:
-                    del graph._sizes[key]
-            elif any(failing[_numberless(name)] for name in _owners(graph, graph._sizes[key])):
-                settle(key, [graph._sizes[key], None], graph._sizes[key])
-                stays[alike] = key not in graph._sizes
+        kinds: dict[tuple[str, str], tuple[Any, ...]] = {
+            key: (_numberless(key[0]), key[1], None in counts[key], *(_within(name, key[0]) for name in names))
+            for key in keys
+        }
+        alike = frozenset([*kinds.values(), *map(_numberless, names)])
+        if alike not in decided:
+            some = {name: chosen[name] for name in names}
+
+            def runs(without: set[Any], kinds: Mapping[Any, Any] = kinds, some: Mapping[str, Tensor] = some) -> bool:
+                graph._sizes = {key: labels for key, labels in follows.items() if kinds.get(key) not in without}
+                return not _fault(model, graph, some)
+
+            every = set(kinds.values())
+            vague = {kind for kind in every if not counts_units(kind[1], surely=True)}
+            doubtful = {kind for kind in every if kind[2]}
+            starts = [vague, set[Any](), vague | doubtful, every, doubtful, *(doubtful - {k} for k in doubtful)]
+            found = set(next((start for start in [*starts, *({k} for k in every)] if runs(start)), ()))
+            for kind in vague - found:
+                if runs({*found, kind}):
+                    found.add(kind)
+            decided[alike] = found
+        stay.update(key for key in keys if kinds[key] in decided[alike])
+    graph._sizes = {key: labels for key, labels in follows.items() if key not in stay}
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
 
 
 def _rehearse(model: nn.Module, graph: UnitGraph, samples: Iterable[Mapping[str, Tensor]]) -> None:
@@ -501,10 +522,15 @@ def mismatch(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[in
             kept = plan.kept.get(name, {}).get(dim)
             axes[name, dim] = labels if kept is None else labels[kept]
     try:
-        _propagate(model, graph._inputs, plan, graph._training, atoms, axes, names, graph._constants)
+        _propagate(model, graph._inputs, plan, graph._training, atoms, axes, names, graph._steps)
     except Mismatch as fault:
         return fault
     return None
+
+
+def _fault(model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor]) -> str | Mismatch | None:
+    """Why a model does not do what it did after a cut, if so."""
+    return _failure(model, graph, units) or mismatch(model, graph, units)
 
 
 def _owners(graph: UnitGraph, units: Tensor) -> list[str]:

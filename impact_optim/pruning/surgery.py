@@ -76,10 +76,10 @@ def cut(
                 f"The model would not run after the cut: {module or 'the model itself'} ({line}) stops with "
                 f"{type(error).__name__}: {error}. Nothing was changed. Leave out the groups that this module uses."
             ) from error
-    if graph._positional and (fault := mismatch(model, graph, units)) is not None:
+    if (fault := mismatch(model, graph, units)) is not None:
         raise RuntimeError(
-            f"The model would not compute the same after the cut: {fault}. Nothing was changed. Its code takes units "
-            "by their position; remove others."
+            f"The model would not compute the same after the cut: {fault}. Nothing was changed. Its code depends on "
+            "which units there are, or on their number; remove others, or fewer."
         )
     modules = dict(model.named_modules())
     folded = fold(model, graph, units, means).values if means else {}
