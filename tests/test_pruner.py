@@ -6,6 +6,7 @@ import datetime
 import functools
 import itertools
 import math
+import re
 import time
 
 import pytest
@@ -197,7 +198,6 @@ def test_the_report_is_a_table():
     )
 
 
-@pytest.mark.filterwarnings("ignore:the limits of the groups")
 @pytest.mark.parametrize("fraction", [0.3, 0.7])
 def test_macs_are_met_as_nearly_as_whole_units_allow(fraction):
     model = network()
@@ -492,14 +492,14 @@ def fail_after(function):
 
 
 @pytest.mark.parametrize("build", [adam, impact])
-@pytest.mark.parametrize("place", ["cut", "repair", "model_size", "keep", "criterion"])
+@pytest.mark.parametrize("place", ["cut", "repair", "model_size", "keep", "reset", "criterion"])
 @pytest.mark.parametrize("when", [fail, fail_after])
 def test_a_failure_anywhere_leaves_everything(build, place, when, monkeypatch):
     pruner = trained(build)
     before, attached = everything(pruner), hooks(pruner.model)
     with monkeypatch.context() as patch:
         owner, name = pruner_module, place
-        if place == "keep":
+        if place in ("keep", "reset"):
             owner = pruner.statistics
         elif place == "criterion":
             owner, name = pruner, "_scores"
@@ -510,6 +510,47 @@ def test_a_failure_anywhere_leaves_everything(build, place, when, monkeypatch):
     assert hooks(pruner.model) == attached
     assert pruner.step().records  # and the same step can be done
     assert pruner.epoch == 2
+
+
+def test_hooks_that_cannot_be_attached_leave_everything(monkeypatch):
+    pruner = trained()
+    pruner.schedule[3] = 0.6
+    before = everything(pruner)
+    attach, calls = pruner.statistics.attach, []
+
+    def fails_once():
+        calls.append(0)
+        attach()
+        if len(calls) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(pruner.statistics, "attach", fails_once)
+    with pytest.raises(MemoryError):
+        pruner.step()
+    assert_same(everything(pruner), before)
+
+
+@pytest.mark.parametrize("epoch", [None, "x", math.nan, math.inf, [], "missing", -3, 10**9, 2.7, True])
+def test_a_state_with_a_damaged_epoch_is_refused_before_anything_is_cut(epoch):
+    state = {**(pruner := trained()).state_dict(), "epoch": epoch}
+    pruner.step()
+    state["units"] = {name: group.original for name, group in pruner.graph.groups.items()}
+    if epoch == "missing":
+        del state["epoch"]
+    new = prune(network(), {2: 0.5})
+    before = everything(new)
+    with pytest.raises(ValueError, match="epoch"):
+        new.load_state_dict(state)
+    assert_same(everything(new), before)
+
+
+def test_a_state_with_damaged_units_is_refused_before_anything_is_cut():
+    new = prune(network(), {2: 0.5})
+    state, before = new.state_dict(), everything(new)
+    for units in (None, torch.zeros(3), torch.tensor([2, 1]), torch.zeros(2, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="no ascending numbers"):
+            new.load_state_dict({**state, "units": {**state["units"], "4": units}})
+    assert_same(everything(new), before)
 
 
 def test_an_optimizer_that_cannot_be_cut_leaves_the_model():
@@ -611,8 +652,7 @@ def test_options_of_the_budget():
     model = network()
     pruner = prune(model, {1: 0.25, 2: 0.5}, criterion="l1", max_ratio=0.25)
     pruner.step()
-    with pytest.warns(UserWarning, match="the limits of the groups"):
-        pruner.step()
+    assert re.search(r"0\.\d+ of the units can go, not 0.5: .* max_ratio=0.25", pruner.step().note)
     assert all(group.size >= 0.75 * group.original_size for group in pruner.graph.groups.values())
 
 
@@ -624,6 +664,82 @@ def test_classes_are_those_that_the_labels_tell():
     pruner.statistics.labels = torch.arange(12) % 5
     model(X)
     assert pruner.step().records
+
+
+class Skipped(nn.Module):
+    """A block that training leaves out, as stochastic depth may."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x if self.training else x + self.down(torch.relu(self.up(x)))
+
+
+def test_a_group_without_scores_stays_and_the_others_go_instead():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), Skipped(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    pruner = ActivationPruner(model, torch.zeros(2, 5), {1: 0.25}, round_to=1, every=1)
+    model(torch.randn(20, 5))
+    report = pruner.step()
+    assert {name: group.size for name, group in pruner.graph.groups.items()} == {"2.up": 16, "3": 8}
+    assert "have not been seen" in report.left_out["2.up"]
+    assert "left out: 2.up: 16 of 16 units" in str(report)
+    assert not report.note
+
+
+def test_layers_that_are_not_trained_have_no_importance_and_stay():
+    model = nn.Sequential(
+        nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
+    model[0].requires_grad_(False), model[2].requires_grad_(False)
+    optimizer = ImpactSGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    pruner = ActivationPruner(
+        model, torch.zeros(2, 5), {1: 0.3}, criterion="importance", round_to=1, optimizer=optimizer
+    )
+    report = pruner.step()
+    assert list(report.left_out) == ["0"]
+    assert {name: group.size for name, group in pruner.graph.groups.items()}["0"] == 8
+    assert report.records
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "note"),
+    [
+        ((nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)), {"round_to": 8}, "0 of the units can go, not 0.2"),
+        ((nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)), {}, "see pruner.graph.frozen"),
+        (
+            (nn.Linear(5, 64), nn.LayerNorm(64), nn.Linear(64, 4), nn.Linear(4, 3)),
+            {"target": "macs"},
+            "of the macs can go",
+        ),
+    ],
+)
+def test_the_note_says_why_less_has_been_cut_than_was_asked(layers, options, note, recwarn):
+    model = nn.Sequential(*layers)
+    options = {"criterion": "l1", "round_to": 1, **options}
+    assert (
+        note
+        in ActivationPruner(model, torch.zeros(2, 5), {1: 0.2 if "target" not in options else 0.5}, **options)
+        .step()
+        .note
+    )
+    assert not recwarn.list
+
+
+def test_units_that_no_module_shows_have_no_statistics():
+    class Bare(nn.Module):
+        def __init__(self, i, o):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(i, o))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    report = ActivationPruner(nn.Sequential(Bare(5, 8), nn.ReLU(), Bare(8, 2)), torch.zeros(2, 5), {1: 0.5}).step()
+    assert report.left_out == {"0": "no module shows the activations of its units"}
+    assert report.note == "no group of units can be cut: see report.left_out"
 
 
 def test_ignored_layers_stay():

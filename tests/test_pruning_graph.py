@@ -745,6 +745,77 @@ def test_a_head_that_only_training_reads_is_cut_as_well() -> None:
     assert [part.shape for part in model.train()(*tokens())] == [(2, 5, 3), (2, 5, 2)]
 
 
+class Noisy(nn.Module):
+    """Code that only training runs."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b, self.aside = how, nn.Linear(12, 6), nn.Linear(6, 2), nn.Parameter(torch.ones(6))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        if self.training:
+            if self.how == "buffer":
+                self.mean.lerp_(h.detach().mean((0, 1)), 0.1)
+            elif self.how == "noise":
+                h = h + torch.randn(*x.shape[:-1], 6)
+            elif self.how == "chance" and torch.rand(()) < 0.5:
+                h = h * self.aside
+        return self.b(h)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("buffer", None), ("noise", "cannot follow"), ("chance", "aside is for, which only training uses")]
+)
+def test_what_only_training_runs_follows_or_is_refused(how: str, why: str | None) -> None:
+    model, inputs = Noisy(how), (torch.randn(2, 5, 12),)
+    graph = trace(model, inputs)
+    assert (why or "") in graph.frozen.get("a", "")
+    if why is None:
+        cut(model, graph, {"a": [1, 4]})
+        assert model.mean.shape == (4,)
+    else:
+        assert not graph.groups
+    outputs(model.train(), inputs)[0].sum().backward()
+
+
+def test_what_a_buffer_holds_is_an_input() -> None:
+    model = Run(
+        lambda m, x: m.out(F.relu(m.a(x)) + m.table(m.places)),
+        a=nn.Linear(12, 6),
+        table=nn.Linear(2, 6),
+        out=nn.Linear(6, 2),
+    )
+    model.register_buffer("places", torch.randn(5, 2))
+    graph = trace(randomised(model), tokens())
+    assert list(graph.groups) == ["a"]
+    assert "no parameter makes it" in graph.frozen["places"]
+
+
+def test_weights_that_an_operator_without_a_rule_takes_are_named() -> None:
+    class Quantised(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return torch.fake_quantize_per_tensor_affine(weight, 0.01, 0, -128, 127)
+
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
+    for layer in (model[0], model[2]):
+        nn.utils.parametrize.register_parametrization(layer, "weight", Quantised())
+    graph = trace(model, (torch.randn(2, 12),))
+    assert not graph.groups
+    assert all("aten::fake_quantize_per_tensor_affine" in graph.frozen[name] for name in ("0", "2"))
+
+
+def test_an_output_of_an_unknown_type_is_named() -> None:
+    class Cache:
+        def __init__(self, keys: Tensor) -> None:
+            self.keys = keys
+
+    model = Run(lambda m, x: (m.b(h := m.a(x)), Cache(h)), a=nn.Linear(12, 6), b=nn.Linear(6, 2))
+    with pytest.raises(RuntimeError, match=r"its output contains a Cache.*use_cache=False"):
+        trace(model, (torch.randn(2, 12),))
+
+
 def test_an_untraceable_model_is_named_with_the_line() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.b(x) if x.sum() > 0 else x

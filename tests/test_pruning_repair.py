@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from impact_optim import ImpactSGD
-from impact_optim.pruning.repair import repair, select
+from impact_optim.pruning.pruner import ActivationPruner
+from impact_optim.pruning.repair import repair, select, with_state
 from impact_optim.pruning.surgery import PruneRecord
 
 KEPT = torch.tensor([0, 1, 3, 6])  # of the 8 hidden units of a network()
@@ -288,7 +289,7 @@ class Custom(torch.optim.SGD):
     """Keeps the state that it is given."""
 
 
-def with_state(**entries):
+def holding(**entries):
     model = network()
     optimizer = Custom(model.parameters(), lr=0.1, momentum=0.9)
     step(model, optimizer, 0)
@@ -308,7 +309,7 @@ def with_state(**entries):
     ],
 )
 def test_state_that_does_not_fit_is_named_and_nothing_changes(entries, error, names):
-    model, optimizer = with_state(**entries)
+    model, optimizer = holding(**entries)
     plain = torch.optim.Adam(model.parameters())
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(error) as info:
@@ -341,7 +342,7 @@ def test_a_square_parameter_makes_its_row_statistics_ambiguous():
 
 
 def test_reduced_state_is_cut_along_the_dimensions_it_has():
-    model, optimizer = with_state(row=torch.arange(8.0), column=torch.arange(5.0), rows=torch.arange(8.0)[:, None])
+    model, optimizer = holding(row=torch.arange(8.0), column=torch.arange(5.0), rows=torch.arange(8.0)[:, None])
     repair(RECORDS, model, optimizers=optimizer)
     state = optimizer.state[model[0].weight]
     assert torch.equal(state["row"], KEPT.float())
@@ -392,6 +393,71 @@ def test_an_optimizer_that_refuses_its_new_state_leaves_the_others_alone():
         repair(RECORDS, model, optimizers=[first, second])
     assert first.state[model[0].weight]["momentum_buffer"].shape == (8, 5)
     assert second.state[model[2].weight]["momentum_buffer"].shape == (3, 8)
+
+
+# ------------------------------------------------------------------------------- optimizers around others
+
+
+class Shows(torch.optim.Optimizer):
+    """Shows the state of the optimizer inside, as accelerate's does."""
+
+    state = property(lambda self: self.inside["one"][0].state)
+    param_groups = property(lambda self: self.inside["one"][0].param_groups)
+    defaults = property(lambda self: self.inside["one"][0].defaults)
+
+    def __init__(self, optimizer):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}  # as torch looks for them
+        self.inside = {"one": [optimizer]}
+
+    def step(self):
+        self.inside["one"][0].step()
+
+
+class Averages(torch.optim.Optimizer):
+    """Has state of its own beside that of the optimizer inside, as SAM and Lookahead do."""
+
+    def __init__(self, optimizer):
+        self.base = optimizer
+        super().__init__(optimizer.param_groups, {})
+        self.param_groups = optimizer.param_groups
+
+    def step(self):
+        self.base.step()
+        for group in self.param_groups:
+            for param in group["params"]:
+                slow = self.state[param].setdefault("slow", torch.zeros_like(param))
+                slow.lerp_(param.detach(), 0.5)
+
+
+class Copies(Shows):
+    """Shows what no optimizer inside keeps."""
+
+    state = property(lambda self: dict(self.inside["one"][0].state))
+
+
+@pytest.mark.parametrize("wrap", [Shows, Averages, lambda o: Shows(Averages(o)), lambda o: Averages(Shows(o))])
+def test_the_optimizer_inside_another_is_cut(wrap):
+    model = network()
+    inside = build("Adam", model)
+    optimizer = wrap(inside)
+    step(model, optimizer, 0)
+    shrink(model)
+    repair(RECORDS, model, optimizers=optimizer)
+    assert inside.state[model[0].weight]["exp_avg"].shape == (4, 5)
+    for keeps in with_state(optimizer):
+        assert all(v.shape == p.shape for p, s in keeps.state.items() for v in s.values() if v.dim())
+    step(model, optimizer, 1)
+    repair([], model, optimizers=[optimizer, inside])
+    assert sum(keeps is inside for keeps in with_state([optimizer, inside])) == 1
+
+
+def test_a_wrapper_that_hides_its_state_is_refused_at_once():
+    model = network()
+    optimizer = Copies(build("Adam", model))
+    with pytest.raises(TypeError, match=r"Copies shows the state .* hand in the optimizers inside"):
+        ActivationPruner(model, torch.zeros(1, 5), {1: 0.5}, optimizer=optimizer)
+    with pytest.raises(TypeError, match=r"ReLU is no torch.optim.Optimizer"):
+        ActivationPruner(model, torch.zeros(1, 5), {1: 0.5}, optimizer=[nn.ReLU()])
 
 
 # ------------------------------------------------------------------------------- several cuts, memory

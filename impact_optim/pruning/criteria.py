@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -195,7 +194,8 @@ def units_to_remove(
 
     Within a group units go in the order of their scores, equal ones in the order of their positions, and in steps that
     leave multiples of ``round_to``. All steps of all groups stand in one line by a key, and as many are taken from its
-    front as come nearest to the budget, so that a larger budget removes the same units and more. The key is
+    front as come nearest to the budget, as far as the limits of the groups allow, so that a larger budget removes the
+    same units and more. The key is
 
     - ``"uniform"``: the share of the group's units that has gone by the middle of the step;
     - ``"global"``: the mean score of the step's units, over the root mean square of the group's scores. Without that
@@ -220,9 +220,6 @@ def units_to_remove(
 
     Returns:
         By group, the positions to remove, int64, ascending; groups that lose nothing are left out.
-
-    Warns:
-        UserWarning: the limits of the groups keep the budget out of reach; as much as they allow is removed.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -251,12 +248,6 @@ def units_to_remove(
     steps.sort(key=lambda step: step.key)  # stable: the steps of a group stay in order
     reached = list(itertools.accumulate((step.cost for step in steps), initial=0.0))
     number = min(range(len(reached)), key=lambda i: abs(reached[i] - fraction * total))
-    if reached[-1] < fraction * total * (1.0 - 1e-9):
-        warnings.warn(
-            f"the limits of the groups let {reached[-1] / total:.3f} be removed, not {fraction:.3f}; lower min_units "
-            "or round_to, or raise max_ratio",
-            stacklevel=2,
-        )
     removed = {step.group: step.removed for step in steps[:number]}
     return {name: order[: removed[name]].sort().values for name, order in orders.items() if name in removed}
 

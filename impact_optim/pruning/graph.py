@@ -23,6 +23,7 @@ from .rehearsal import (
     kept_indices,
     named_tensors,
     outputs,
+    unknown_output,
 )
 
 
@@ -225,8 +226,10 @@ class UnitGraph:
 def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] = ()) -> UnitGraph:
     """Finds the groups of coupled units of a model.
 
-    The model is exported in evaluation mode (its modes are restored; it is run on tensors without data, its own are
-    not touched), and labels of the units are carried through the program, see :mod:`.labels`. What has been found is
+    The model is exported in evaluation mode and, where that can be traced, in training mode (its modes are restored; it
+    is run on tensors without data, its own are not touched), and labels of the units are carried through the program,
+    see :mod:`.labels`. Where training cannot be traced and uses parameters that evaluation does not, all dimensions of
+    the sizes of these stay. What has been found is
     then rehearsed: the model with some units of every group removed is exported again and must treat what is left in
     the same way. Groups whose code cannot follow, a view with fixed sizes for instance, are frozen, with the reason.
 
@@ -246,18 +249,18 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     uncut = Plan(opaque=outputs(model, inputs, parts) if parts else {})
     run = _propagate(model, inputs, uncut, (False,), atoms, axes, names, None)
     ignored = {names[name] for module in parts for name in _names_in(model, module)}
-    modes: tuple[bool, ...] = (False,)
-    unseen = [name for name, _ in model.named_parameters() if name not in run.used | ignored]
-    if unseen:  # heads that only training reads still read the units
-        modes = (False, True)
-        try:
-            _extend(run, model, inputs, uncut, True)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"Evaluation does not use {unseen[0]} (one of {len(unseen)} such parameters), and the model cannot be "
-                f"traced in training mode with these inputs. {error} If training does not use them either, ignore "
-                "their modules."
-            ) from error
+    modes: tuple[bool, ...] = (False, True)
+    try:  # what only training runs, a head or noise, must follow as well
+        _extend(run, model, inputs, uncut, True)
+    except RuntimeError as error:
+        modes = (False,)
+        # It may read the units with parameters that evaluation does not use.
+        unseen = {name: param for name, param in model.named_parameters() if name not in run.used | ignored}
+        for name, param in unseen.items():
+            reason = f"it may be what {name} is for, which only training uses, and training cannot be traced: {error}"
+            for labels in axes.values():
+                if len(labels) in param.shape:
+                    atoms.freeze(labels, reason)
     for (name, _), labels in axes.items():
         if name in ignored:
             atoms.freeze(labels, "its module is ignored")
@@ -297,6 +300,12 @@ def _extend(run: Propagation, model: nn.Module, inputs: Inputs, plan: Plan, trai
     try:
         program = export(model, inputs, plan, training)
     except Exception as error:
+        if kind := unknown_output(model, inputs, plan, training):
+            raise RuntimeError(
+                f"torch.export cannot trace the model: its output contains a {kind}, which it does not know. Let the "
+                "model return tensors, tuples, lists or dicts (for language models of Hugging Face: use_cache=False), "
+                f"or register {kind} with torch.utils._pytree.register_pytree_node."
+            ) from error
         module, line = culprit(model, error)
         where = f"in {module or 'the model itself'} ({line})" if line else "somewhere in it"
         raise RuntimeError(
@@ -329,6 +338,7 @@ def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey,
         if any(roles[key] for key in places):
             kinds.setdefault((tuple(places), root in frozen), []).append(root)
     graph = UnitGraph()
+    buffers = {name for name, _ in model.named_buffers()}
     number = torch.full((len(atoms) + 1,), -1)
     # In the order in which the units are produced, parameters that no layer produces last.
     rank = {kind: min((order.get(key, len(order)) for key in kind[0]), default=0) for kind in kinds}
@@ -346,6 +356,10 @@ def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey,
             continue
         if len(members) < 2:
             graph.frozen.setdefault(name, "all of it is one unit")
+            continue
+        held = [key[0] for key in keys if key[0] in buffers]
+        if held and all(CONSUMER in roles[key] or key[0] in buffers for key in keys):
+            graph.frozen.setdefault(held[0], "it is an input: a buffer holds it, and no parameter makes it")
             continue
         unique, copy = name, 1
         while unique in graph.groups:

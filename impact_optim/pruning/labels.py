@@ -397,6 +397,8 @@ class Propagation:
         """Freezes what reaches an operator that nothing is known about."""
         for value in given:
             self.freeze(value, f"{self.where()} has no rule")
+            if value.weight:  # nothing that follows tells that a layer has them
+                self.roles[PRODUCER] += [core(labels).reshape(-1).unique() for labels in value.labels]
         return blank(node)
 
     def _in_multihead(self, node: Node) -> bool:
@@ -444,6 +446,8 @@ class Propagation:
         self._step = Step(name, numbers, [], [value.recipe for value in constants])
         if len(constants) == len(given) or name in CREATED:
             return True
+        if name == "contiguous":  # which torch leaves out where a tensor is, as that of a single head
+            return False
         self.steps.append(self._step)
         self._compare(given)
         return False
@@ -476,6 +480,8 @@ class Propagation:
 
     def _end_step(self, value: Value, given: Sequence[Value]) -> None:
         """Compares the sizes of a result that do not count units. What is the same number throughout has none."""
+        if not self.steps or self._step is not self.steps[-1]:
+            return
         results = self._step.results
         results.append(None if value.uniform else value)
         if self._expected is None or value.uniform:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,20 @@ from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, unit
 from .folding import fold
 from .graph import UnitGroup, trace
 from .rehearsal import as_inputs, named_tensors
-from .repair import repair, replace_state, unwrapped
+from .repair import repair, replace_state, unwrapped, with_state
 from .report import LayerReport, ModelSize, PruneReport, model_size
 from .statistics import ActivationStatistics, UnitStatistics
 from .surgery import PruneRecord, cut
 
 __all__ = ["ActivationPruner", "ramp"]
 
+_T = TypeVar("_T")
 Guard = tuple[Callable[[nn.Module], float], float]
 
 _WITHOUT_ACTIVATIONS = ("l1", "importance", "random")
 _SMALLER_CUTS = 4  # that are tried where the guard cannot bear one: the largest bearable is found to a sixteenth
+_SHORTFALL = 0.01  # of the units or MACs, from which on a report speaks of it
+_MOST_EPOCHS = 10**9
 _MACS_TRIES, _MACS_TOLERANCE = 12, 0.002  # of the MACs of the whole network
 
 
@@ -76,7 +79,8 @@ class ActivationPruner:
             keyword arguments as a dict; MACs are counted for them.
         schedule: epoch -> fraction removed by then, of all units or MACs that there were; see :func:`ramp`.
         criterion: a name in :data:`~impact_optim.pruning.criteria.CRITERIA`, or a function like those.
-        optimizer: of the model's parameters, one or several.
+        optimizer: of the model's parameters, one or several. One that wraps another, such as accelerate's or a
+            Lookahead, stands for that as well.
         averaged: averaged copies of the model, one or several.
         target: what the fractions are of, ``"units"`` or ``"macs"``.
         split: how the budget is spread over layers, ``"uniform"``, ``"global"`` or ``"rademacher"``.
@@ -138,7 +142,7 @@ class ActivationPruner:
                 f"round_to={round_to} and min_units={min_units} must be at least 1, and max_ratio={max_ratio} in [0, 1]"
             )
         self.model, self.schedule, self.criterion = model, dict(sorted(schedule.items())), criterion
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.optimizers = with_state(optimizer)
         self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
         repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
         self.target, self.split, self.guard, self.keep_means, self.seed = target, split, guard, keep_means, seed
@@ -172,15 +176,13 @@ class ActivationPruner:
             RuntimeError: the network would not run after the cut. Nothing has changed, whatever is raised.
         """
         epoch = self.epoch + 1
-        self.statistics.detach()  # what the guard evaluates is not the training that is observed
-        try:
+        with self._all_or_nothing() as before:
             if epoch in self.schedule:
-                report = self._cut_to(self.schedule[epoch], epoch)
+                report = self._cut_to(self.schedule[epoch], epoch, before)
             else:
                 report = self._report(epoch, {}, {}, self._size)
             self.epoch = epoch
             self.statistics.reset()
-        finally:
             self._attach_if_due()
         return report
 
@@ -213,23 +215,25 @@ class ActivationPruner:
 
     # ------------------------------------------------------------------------------- a cut
 
-    def _cut_to(self, fraction: float, epoch: int) -> PruneReport:
+    def _cut_to(self, fraction: float, epoch: int, before: _Snapshot) -> PruneReport:
         """Cuts until a fraction of what there was is gone, or as much of it as the guard bears."""
-        with self._all_or_nothing() as before:
-            scores, gone = self._scores(), self._gone()
-            chosen, metric, note = self._choose(fraction, scores), None, ""
-            if fraction <= gone:
-                note = f"{gone:.3g} of the {self.target} are gone already"
-            elif self.guard is not None:
-                borne, chosen, metric = self._bearable(fraction, scores, self.guard, before)
-                if borne < fraction:
-                    note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
-            size = model_size(self.model, self._inputs, self.graph.plan(chosen))
-            report = self._report(epoch, chosen, scores.values, size)
-            left_out = fold(self.model, self.graph, chosen, scores.means).left_out if self.keep_means else {}
-            records = self._remove(chosen, scores.means)
-            self._size = size
-            return replace(report, records=records, metric=metric, note=note, left_out=left_out)
+        scores, gone = self._scores(), self._gone()
+        chosen, metric, note = self._choose(fraction, scores), None, ""
+        if fraction <= gone:
+            note = f"{gone:.3g} of the {self.target} are gone already"
+        elif self.guard is not None:
+            borne, chosen, metric = self._bearable(fraction, scores, self.guard, before)
+            if borne < fraction:
+                note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
+        size = model_size(self.model, self._inputs, self.graph.plan(chosen))
+        note = note or self._shortfall(fraction, chosen, scores, size)
+        report = self._report(epoch, chosen, scores.values, size)
+        left_out = dict(scores.left_out)
+        if self.keep_means:
+            left_out |= fold(self.model, self.graph, chosen, scores.means).left_out
+        records = self._remove(chosen, scores.means)
+        self._size = size
+        return replace(report, records=records, metric=metric, note=note, left_out=left_out)
 
     def _bearable(
         self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
@@ -262,14 +266,23 @@ class ActivationPruner:
             seed=self.seed,
         )
         criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
-        values = {name: criterion(group, context).detach().cpu() for name, group in self._groups().items()}
+        values, left_out = {}, dict.fromkeys(self.graph.groups, "no module shows the activations of its units")
+        for name, group in self._groups().items():
+            try:
+                values[name] = criterion(group, context).detach().cpu()
+                del left_out[name]
+            except ValueError as error:  # of a layer that was skipped in what was observed, or is not trained
+                left_out[name] = str(error)
+        if self._groups() and not values:
+            raise ValueError(next(left_out[name] for name in self._groups()))
         for name, value in values.items():
             if value.shape != (size := self.graph.groups[name].size,):
                 raise ValueError(
                     f"the criterion gives scores of shape {tuple(value.shape)} to {name}, which has {size} units; it "
                     "must give one to each"
                 )
-        return _Scores(_of_first_process(values), context.statistics, self.statistics.mean_inputs())
+        values, left_out = _of_first_process((values, left_out))
+        return _Scores(values, context.statistics, self.statistics.mean_inputs(), left_out)
 
     def _importances(self) -> dict[str, Tensor]:
         """Of the weights that an ImpactSGD trains."""
@@ -293,15 +306,37 @@ class ActivationPruner:
         if self.target == "macs":
             return 1 - self._size.macs[""] / self._original_macs
         groups = self._groups().values()
-        return 1 - sum(group.size for group in groups) / max(sum(group.original_size for group in groups), 1)
+        all_units = sum(group.original_size for group in groups)
+        return 1 - sum(group.size for group in groups) / all_units if all_units else 0.0
+
+    def _shortfall(self, fraction: float, chosen: Mapping[str, Tensor], scores: _Scores, size: ModelSize) -> str:
+        """Why nothing, or notably less than a fraction of what there was, is gone after a cut."""
+        if not scores.values:
+            where = "report.left_out" if self.graph.groups else "pruner.graph.frozen"
+            return f"no group of units can be cut: see {where}"
+        if self.target == "macs":
+            gone = 1 - size.macs[""] / self._original_macs
+        else:
+            groups = self._groups()
+            left = sum(group.size - len(chosen.get(name, ())) for name, group in groups.items())
+            gone = 1 - left / sum(group.original_size for group in groups.values())
+        if chosen and gone >= fraction - _SHORTFALL:
+            return ""
+        return (
+            f"{gone:.3g} of the {self.target} can go, not {fraction:.3g}: what can be cut is too little, or too wide "
+            f"apart with round_to={self.round_to}, min_units={self.min_units} and max_ratio={self.max_ratio}"
+        )
 
     def _choose(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
         """The units to remove, by group, so that a fraction of what there was is gone."""
         gone = self._gone()
-        if fraction <= gone:
+        if fraction <= gone or not scores.values:
             return {}
         if self.target == "units":
-            return self._lowest((fraction - gone) / (1 - gone), scores)
+            groups = self._groups()
+            # What has no score stays, and the others go instead.
+            scored = sum(groups[name].size for name in scores.values) / sum(group.size for group in groups.values())
+            return self._lowest(min((fraction - gone) / (1 - gone) / scored, 1.0), scores)
 
         # MACs go about with the square of the widths, and widths with the fraction of units: a straight line between
         # two roots of MACs meets the wanted one after few trials.
@@ -324,7 +359,7 @@ class ActivationPruner:
         return best[1]
 
     def _lowest(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
-        groups = self._groups()
+        groups = {name: self.graph.groups[name] for name in scores.values}
         least = {name: math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9) for name, group in groups.items()}
         return units_to_remove(
             scores.values,
@@ -377,11 +412,15 @@ class ActivationPruner:
 
     @contextmanager
     def _all_or_nothing(self) -> Generator[_Snapshot, None, None]:
+        """Without hooks inside: what a guard evaluates is not the training that is observed."""
         before = _Snapshot(self)
+        self.statistics.detach()
         try:
             yield before
         except BaseException:
             before.restore()
+            self.statistics.detach()
+            self._attach_if_due()
             raise
 
     # ------------------------------------------------------------------------------- state dict
@@ -401,8 +440,7 @@ class ActivationPruner:
             ValueError: it is not of this model, or the model has been cut otherwise, or an optimizer or an averaged
                 copy was loaded first. Nothing has changed then.
         """
-        # On the CPU, like those of the graph, wherever the state was loaded to.
-        units, groups = {name: left.cpu() for name, left in state_dict["units"].items()}, self.graph.groups
+        (epoch, units), groups = _checked(state_dict), self.graph.groups
         if units.keys() != groups.keys():
             differing = sorted(units.keys() ^ groups.keys())
             raise ValueError(
@@ -414,19 +452,16 @@ class ActivationPruner:
                     f"{name} has lost units that the state has, or never had them: load into a newly built model"
                 )
         chosen = {name: (~torch.isin(groups[name].original, left)).nonzero().flatten() for name, left in units.items()}
-        self.statistics.detach()
-        try:
-            with self._all_or_nothing():
-                try:
-                    self._remove({name: positions for name, positions in chosen.items() if len(positions)}, {})
-                except ValueError as error:
-                    raise ValueError(
-                        f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
-                    ) from error
-                self.statistics.load_state_dict(state_dict["statistics"])
-                self._size = model_size(self.model, self._inputs)
-            self.epoch = int(state_dict["epoch"])
-        finally:
+        with self._all_or_nothing():
+            try:
+                self._remove({name: positions for name, positions in chosen.items() if len(positions)}, {})
+            except ValueError as error:
+                raise ValueError(
+                    f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
+                ) from error
+            self.statistics.load_state_dict(state_dict["statistics"])
+            self._size = model_size(self.model, self._inputs)
+            self.epoch = epoch
             self._attach_if_due()
 
 
@@ -434,6 +469,8 @@ class _Scores(NamedTuple):
     values: Mapping[str, Tensor]
     statistics: Mapping[str, Sequence[UnitStatistics]]
     means: Mapping[str, Tensor]
+    left_out: dict[str, str]
+    """Groups that have none -> why."""
 
 
 class _Snapshot:
@@ -454,7 +491,7 @@ class _Snapshot:
         self._graph = {key: deepcopy(value) for key, value in vars(pruner.graph).items() if key != "_inputs"}
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.inputs, statistics.batches))
-        self._size = pruner._size
+        self._size, self._epoch = pruner._size, pruner.epoch
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -475,7 +512,20 @@ class _Snapshot:
         vars(self._pruner.graph).update(deepcopy(self._graph))
         statistics = self._pruner.statistics
         statistics.groups, statistics.inputs, statistics.batches = deepcopy(self._statistics)
-        self._pruner._size = self._size
+        self._pruner._size, self._pruner.epoch = self._size, self._epoch
+
+
+def _checked(state: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
+    """The epoch and the units of a state dict, on the CPU, like those of the graph, wherever it was loaded to."""
+    if missing := {"epoch", "units", "statistics"} - state.keys():
+        raise ValueError(f"the state has no {sorted(missing)}: hand in what ActivationPruner.state_dict() gave")
+    epoch, units = state["epoch"], state["units"]
+    if type(epoch) is not int or not 0 <= epoch < _MOST_EPOCHS:
+        raise ValueError(f"the state is damaged: its epoch is {epoch!r}, which is no number of epochs")
+    for name, left in units.items():
+        if not isinstance(left, Tensor) or left.dtype != torch.int64 or left.dim() != 1 or (left.diff() <= 0).any():
+            raise ValueError(f"the state is damaged: the units of {name!r} are no ascending numbers")
+    return epoch, {name: left.cpu() for name, left in units.items()}
 
 
 def _mean_over_processes(metric: float) -> float:
@@ -486,7 +536,7 @@ def _mean_over_processes(metric: float) -> float:
     return sum(metrics) / len(metrics)
 
 
-def _of_first_process(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_first_process(scores: _T) -> _T:
     """Where processes train together they must cut alike, to the last bit of a score."""
     if dist.is_available() and dist.is_initialized():
         box = [scores]

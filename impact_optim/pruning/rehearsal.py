@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import logging
+import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -89,14 +90,18 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     # Shapes that do not fit are an answer here, not an error for the log.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled = log.disabled
+    # Layers that Python drops at random are dropped alike in every rehearsal.
+    chance = random.getstate()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         log.disabled = True
+        random.seed(0)
         for module, _ in before:
             module.training = training
         yield
     finally:
+        random.setstate(chance)
         torch.backends.mha.set_fastpath_enabled(fastpath)
         log.disabled = disabled
         for module, mode in before:
@@ -224,9 +229,10 @@ class _Held:
         if isinstance(value, dict | list | deque | set):
             if len(value) > _LARGE:
                 return
-            inside = list(value.values() if isinstance(value, dict) else value)
+            # Of dicts past what subclasses make of it: some build what is asked for.
+            inside = list(dict.values(value) if isinstance(value, dict) else value)
             if isinstance(value, dict):
-                self._dicts.append((value, dict(value)))
+                self._dicts.append((value, dict(dict.items(value))))
             else:
                 self._lists.append((value, list(inside)))
         elif isinstance(value, tuple):
@@ -241,7 +247,9 @@ class _Held:
         """Undoes what has changed."""
         for now, before in self._dicts:
             own = _TORCHS_OWN if "_parameters" in now else ()
-            if now.keys() - own != before.keys() or any(now[key] is not value for key, value in before.items()):
+            if dict.keys(now) - own != before.keys() or any(
+                dict.get(now, key) is not value for key, value in before.items()
+            ):
                 kept = {key: now[key] for key in own}
                 now.clear()
                 now.update({**kept, **before})
@@ -278,7 +286,7 @@ def _holds_fakes(values: Iterable[Any], levels: int) -> bool:
             return True
         if levels and type(value) in (tuple, list) and _holds_fakes(value, levels - 1):
             return True
-        if levels and isinstance(value, dict) and _holds_fakes(list(value.values()), levels - 1):
+        if levels and isinstance(value, dict) and _holds_fakes(list(dict.values(value)), levels - 1):
             return True
     return False
 
@@ -293,6 +301,17 @@ def export(model: nn.Module, inputs: Inputs, plan: Plan, training: bool = False)
     """The program of ATen operators that the model runs after a cut."""
     with _mode(model, training), _without_data(model, plan, inputs) as (args, kwargs), torch.no_grad():
         return torch.export.export(model, args, copy.copy(kwargs), strict=False)
+
+
+def unknown_output(model: nn.Module, inputs: Inputs, plan: Plan, training: bool) -> str:
+    """The type of something in a model's output that is neither a tensor nor a number, if the model runs so far."""
+    try:
+        with _mode(model, training), _without_data(model, plan, inputs) as (args, kwargs), torch.no_grad():
+            leaves = tree_leaves(model(*args, **kwargs))
+    except Exception:
+        return ""
+    plain = (Tensor, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
+    return next((type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)), "")
 
 
 def culprit(model: nn.Module, error: BaseException) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from .architecture import integer_attributes, set_integer_attributes
 from .rehearsal import named_tensors
 from .surgery import PruneRecord, select
 
-__all__ = ["repair", "replace_state", "unwrapped"]
+__all__ = ["repair", "replace_state", "unwrapped", "with_state"]
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def repair(
     Args:
         records: what :func:`~impact_optim.pruning.surgery.cut` returned.
         model: after the cut.
-        optimizers: one or several, of the model's parameters.
+        optimizers: one or several, of the model's parameters; those that they wrap are cut as well.
         averaged: one or several copies of the model, such as :class:`torch.optim.swa_utils.AveragedModel`; their
             parameters have the model's names, with or without ``module.`` before them.
 
@@ -60,7 +60,7 @@ def repair(
     cuts = _cuts(records, model)
     new_states = [
         (optimizer, state)
-        for optimizer in _as_list(optimizers, Optimizer)
+        for optimizer in with_state(optimizers)
         if (state := _cut_state(optimizer, model, cuts)) is not None
     ]
     copies = [unwrapped(copy, model) for copy in _as_list(averaged, nn.Module)]
@@ -105,6 +105,43 @@ def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut
 
 
 # ------------------------------------------------------------------------------- optimizers
+
+
+def with_state(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """The optimizers that keep state: of those handed in, and of those that they wrap, each one once.
+
+    A wrapper (of accelerate, a Lookahead, SAM) may show the state of the optimizer inside, or have its own besides.
+
+    Raises:
+        TypeError: one is no optimizer, or shows state that is neither its own nor that of one inside.
+    """
+    found: list[Optimizer] = []
+    pending = _as_list(optimizers, Optimizer)
+    while pending:
+        optimizer = pending.pop(0)
+        kind = type(optimizer).__name__
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{kind} is no torch.optim.Optimizer: hand in the optimizers that it steps")
+        if any(optimizer is other for other in found):
+            continue
+        held = tree_leaves(list(vars(optimizer).values()), is_leaf=lambda value: isinstance(value, Optimizer))
+        params = {param for group in optimizer.param_groups for param in group["params"]}
+        inside = [
+            other
+            for other in held
+            if isinstance(other, Optimizer)
+            and other is not optimizer
+            and not params.isdisjoint(param for group in other.param_groups for param in group["params"])
+        ]
+        pending += inside
+        if any(optimizer.state is other.state for other in (*inside, *found)):
+            continue
+        if "state" not in vars(optimizer):
+            raise TypeError(
+                f"{kind} shows the state of optimizers that cannot be found in it: hand in the optimizers inside of it"
+            )
+        found.append(optimizer)
+    return found
 
 
 def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut]) -> dict[Tensor, Any] | None:
