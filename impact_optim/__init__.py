@@ -1,7 +1,9 @@
 """Makes neural networks sparse while they train."""
 
 from .drop_rate import DropRateScheduler
-from .impact_sgd import ImpactSGD, TensorSummary
+from .impact import Impact, TensorSummary
+from .impact_adamw import ImpactAdamW
+from .impact_sgd import ImpactSGD
 from .pruning import ActivationPruner, load_pruned, save_pruned
 from .signals import SIGNALS
 from .sparsity import SparsityReport
@@ -10,6 +12,8 @@ __all__ = [
     "SIGNALS",
     "ActivationPruner",
     "DropRateScheduler",
+    "Impact",
+    "ImpactAdamW",
     "ImpactSGD",
     "SparsityReport",
     "TensorSummary",

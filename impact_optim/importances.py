@@ -1,245 +1,438 @@
-"""The importances of one simplex: the keep probabilities that follow from them, and how a step moves them.
+"""The importances of one parameter group: what they are, how a step moves them, and the masks that follow from them.
 
-What :mod:`impact_optim.simplex` says in formulas is here put together for the tensors of a simplex, which may lie on
-several devices, be walked through block by block, and lack gradients.
+What :mod:`impact_optim.simplex` says in formulas is put together here for the tensors of a group. Their log-importances
+lie in one flat buffer per device, and the work goes over it in blocks: on a CPU of a size that stays in the cache,
+elsewhere all at once, so that the number of operations does not depend on the number of tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import repeat
-from typing import NamedTuple
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
-from .layout import blocks, flatten, sample, unflatten
-from .sampling import stochastic_round
-from .simplex import (
-    CLIP,
-    LOG_BOUND,
-    SAMPLE,
-    fill_target,
-    keep_probability,
-    log_mean_exp,
-    mirror_step,
-    next_water_level,
-    total,
-)
+from .layout import BLOCK, flatten, unflatten
+from .sampling import ROW, SAMPLED, TRAINING, as_uniform, bit_blocks, bits, kept_bits, pareto_sample
+from .signals import ELEMENTWISE, SIGNALS, Signal
+from .simplex import CLIP, LOG_BOUND, fill_level, fill_target, keep_probability, log_mean, mirror_step, total
 
 _SCALE_DECAY = 0.9  # of the running mean of |h|
+_RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
 
 
-class Budget(NamedTuple):
-    """How the keep probabilities of one simplex follow from its importances.
+def is_weight(param: Tensor) -> bool:
+    """Whether a parameter can be masked at all: a vector cannot, however many dimensions of length 1 it has."""
+    return not is_lazy(param) and sum(size > 1 for size in param.shape) >= 2
 
-    Without ``log_w`` they are all the same.
+
+def empty_slices(kept: Tensor) -> Iterator[Tensor]:
+    """Where nothing is left of a slice along some dimension, whose norm would be 0; broadcasts to the mask."""
+    for d in range(kept.dim()):
+        yield ~kept.movedim(d, 0).flatten(1).any(1).view([-1 if i == d else 1 for i in range(kept.dim())])
+
+
+class Mask:
+    """The masks of a group for one step: drawn at the first read, over with the step.
+
+    ``factors`` holds what each weight is multiplied with, 0 where it is dropped.
     """
 
-    members: list[Tensor]
-    drop_rate: float
-    keep_floor: float
-    drop: str
-    log_w: list[Tensor] | None = None
-    log_level: Tensor | None = None
-    """log c, relative to ``log_w`` as it stands."""
-    normalizer: Tensor | float = 0.0
-    """What to subtract from ``log_w`` for mean(w) = 1."""
-    is_new: bool = False
-    """Whether the level was solved for, and is not the one that the step before left."""
-
-    @property
-    def target(self) -> float:
-        return fill_target(self.drop_rate, self.keep_floor, self.drop)
-
-    @property
-    def offset(self) -> float:
-        """π = offset + slope · min(1, c·w)."""
-        if self.log_level is None:
-            return 1.0 - self.drop_rate
-        return self.keep_floor if self.drop == "unimportant" else 1.0
-
-    @property
-    def slope(self) -> float:
-        if self.log_level is None:
-            return 0.0
-        return (1.0 if self.drop == "unimportant" else -1.0) * (1.0 - self.keep_floor)
-
-    def keep(self, k: int) -> Iterator[Tensor]:
-        """π of member k, block by block in the order of its memory."""
-        p = self.members[k]
-        if self.log_w is None or self.log_level is None:
-            yield from repeat(torch.full((), 1.0 - self.drop_rate, dtype=torch.float32, device=p.device))
-        else:
-            for (log_w,) in blocks(flatten(self.log_w[k], p)):
-                yield keep_probability(
-                    log_w,
-                    self.log_level.to(p.device),
-                    drop_rate=self.drop_rate,
-                    keep_floor=self.keep_floor,
-                    drop=self.drop,
-                )
-
-    def keep_probability(self, k: int) -> Tensor:
-        """π of member k, of its shape."""
-        p = self.members[k]
-        if self.log_w is None:
-            return torch.full_like(p, 1.0 - self.drop_rate, dtype=torch.float32)
-        return unflatten(torch.cat(list(self.keep(k))), p)
+    def __init__(self, factors: dict[Tensor, Tensor], stamp: tuple[Any, ...]) -> None:
+        self.factors = factors
+        self.stamp = stamp
+        self.is_read = False
+        """Whether a pass that may train has read it: from there on it stays as it is until the step."""
+        self.is_over = False
+        self.contributed: set[Tensor] = set()
+        """The parameters to which a gradient has come through a masked read."""
+        self.changes: dict[Tensor, list[int]] = {}
+        """Of each parameter that was read, its version then, and how often that has changed."""
 
 
-@dataclass
+class _Place(NamedTuple):
+    """Where a parameter's elements lie in the flat buffer of its device."""
+
+    device: torch.device
+    start: int
+    stop: int
+
+
 class Simplex:
-    """The importances of one simplex, while a step changes them.
+    """The importances of the weights of one parameter group.
 
     Args:
-        members: the parameters of the simplex.
-        positions: where each of them stands among the parameters of the step; ``None`` for one without a gradient.
-        log_importances: log w of each, up to ``log_normalizer``.
-        log_normalizer: what to subtract from them for mean(w) = 1.
-        signal_scale: the running mean of |h|; 0 before the first signal.
+        optimizer: the base; its state keeps ``log_importance`` of every weight.
+        group: the parameter group; its options are read at every use.
+        number: of the group, its place in the mask stream.
+        is_masked: tells of a parameter whether it is a weight.
+        normalized: weights that a module divides by their norm, such as weight norm's direction.
     """
 
-    members: list[Tensor]
-    positions: list[int | None]
-    log_importances: list[Tensor]
-    log_normalizer: Tensor
-    signal_scale: Tensor
-    water_level: Tensor | None = None
-    water_error: Tensor | None = None
-    water_target: float = 0.0
-    rounding: list[Iterator[Tensor]] | None = None
-    """Random bits for each member, block by block, where the log-importances are stored in bfloat16."""
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        number: int,
+        is_masked: Callable[[Tensor], bool],
+        normalized: set[Tensor],
+    ) -> None:
+        self.optimizer, self.group, self.number = optimizer, group, number
+        self._is_masked, self._normalized = is_masked, normalized
+        self.members: list[Tensor] = []
+        self.mask: Mask | None = None
+        self.dense_reads: set[Tensor] = set()
+        """The weights whose gradient has come through a pass in eval mode since the last step, and may be dense."""
+        self._places: dict[Tensor, _Place] = {}
+        self._flat: dict[torch.device, Tensor] | None = None
+        self._views: dict[Tensor, Tensor] = {}
+        self._pending: set[Tensor] = set()
+        self._normalizer: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        # No signal is used before its scale is known: the first one only sets it.
-        known = self.signal_scale > torch.finfo(torch.float32).tiny
-        self.inverse_scale = torch.where(known, self.signal_scale.reciprocal(), 0.0)
-        self.next_level: Tensor | None = None  # of the next masks, relative to the log-importances after the step
-        self._absolute: list[Tensor] = []
-        self._raised: list[Tensor] = []
-        self._filled: list[Tensor] = []
-        self._counted = 0
-        self._descended: set[int] = set()
+    # -- members --
 
-    @property
-    def has_moved(self) -> bool:
-        return bool(self._descended)
+    def refresh(self) -> None:
+        """Takes note of what was frozen, thawed, replaced, loaded or edited since the last step."""
+        members = [p for p in self.group["params"] if p.requires_grad and self._is_masked(p)]
+        is_same = len(members) == len(self.members) and all(map(operator.is_, members, self.members))
+        if not (is_same and all(self._is_current(p) for p in members)):
+            self._lay_out(members)
 
-    @property
-    def follows(self) -> bool:
-        """Whether the water level of the next masks is known before the step."""
-        return self.next_level is not None
+    def _stored(self, param: Tensor) -> Tensor | None:
+        return self.optimizer.state.get(param, {}).get("log_importance")
 
-    def weights(self, k: int) -> Tensor:
-        """w of member k."""
-        log_w = self.log_importances[k].float()
-        return (log_w - self.log_normalizer.to(log_w.device)).exp_()
+    def _is_current(self, param: Tensor) -> bool:
+        """Whether the flat buffer has room for a member, and the state holds the view of it or is still to get it."""
+        place = self._places[param]
+        view = None if param in self._pending else self._views.get(param)
+        return (
+            place.stop - place.start == param.numel() and place.device == param.device and self._stored(param) is view
+        )
+
+    def _lay_out(self, members: list[Tensor]) -> None:
+        """Puts the members, and the log-importances that the state has of them, into flat buffers."""
+        self.members, self._places, self._views, self._flat, self._normalizer = members, {}, {}, None, None
+        self._pending = set()
+        ends: dict[torch.device, int] = {}
+        for p in members:
+            start = ends.get(p.device, 0)
+            ends[p.device] = start + p.numel()
+            self._places[p] = _Place(p.device, start, start + p.numel())
+        if self.mask is not None and not self.mask.is_read:
+            self.mask = None
+        if any(self._stored(p) is not None for p in members):
+            self._start()
 
     @torch.no_grad()
-    def look_ahead(self, h: Tensor | None, importance_lr: float, kl_weight: float) -> None:
-        """Finds the water level of the next masks before the step, from the signal of a sample of the weights.
+    def _start(self) -> dict[torch.device, Tensor]:
+        """The flat buffers; makes them if there are none, all importances equal but for what the state holds."""
+        if self._flat is not None:
+            return self._flat
+        flat = {
+            device: torch.zeros(
+                sum(p.numel() for p in self.members if p.device == device), dtype=torch.float32, device=device
+            )
+            for device in dict.fromkeys(p.device for p in self.members)
+        }
+        known = {p: stored for p in self.members if (stored := self._stored(p)) is not None}
+        for p, stored in known.items():
+            device, start, stop = self._places[p]
+            flat[device][start:stop] = flatten(stored, p)
+        self._flat = flat
+        self._views = {p: unflatten(flat[d][start:stop], p) for p, (d, start, stop) in self._places.items()}
+        self._pending = set(self.members) - known.keys()
+        for p in known:
+            self.optimizer.state[p]["log_importance"] = self._views[p]
+        return flat
 
-        Then one pass over the weights is all that a step needs: what it sums up corrects the level after.
+    def store(self) -> None:
+        """Puts the log-importances of what has a gradient into the state.
+
+        Not before the base optimizer has made its own: adaptive ones take a state that is not empty for theirs. Until
+        then a member has had no gradient, and its importance is 1. Vectors get zeros: distributed checkpoints want the
+        same state for every parameter.
         """
-        if h is not None and self.water_level is not None and self.water_error is not None:
-            old = sample(self.log_importances, SAMPLE, self.members) - self.log_normalizer
-            u = _finite(h).mul_(self.inverse_scale).clamp_(-CLIP, CLIP)
-            new = mirror_step(old, u, importance_lr, kl_weight)
-            # The bound keeps the sums of a step inside float32.
-            self.next_level = next_water_level(old, new, self.water_level, self.water_error).clamp_(-25.0, 25.0)
-
-    @torch.no_grad()
-    def descend(self, k: int, h: Tensor | None, log_w: Tensor, importance_lr: float, kl_weight: float) -> None:
-        """The mirror step of member k, or of a block of it."""
-        if h is not None:
-            u = self._unitless(h)
-            normalizer = self.log_normalizer.to(log_w.device)
-            self._store(k, log_w, mirror_step(log_w.float(), u, importance_lr, kl_weight, normalizer))
-            self._sum_up(log_w.float())
-            self._descended.add(k)
-
-    @torch.no_grad()
-    def descend_all(self, signals: dict[int, Tensor | None], importance_lr: float, kl_weight: float) -> None:
-        """The mirror steps of all members, in fewer kernels."""
-        ready = {k: h for k, h in signals.items() if h is not None}
-        if self.rounding is not None or len({log_w.device for log_w in self.log_importances}) > 1:
-            for k, h in ready.items():
-                self.descend(k, h, self.log_importances[k], importance_lr, kl_weight)
-        elif ready:
-            log_w = [self.log_importances[k] for k in ready]
-            u = [self._unitless(h) for h in ready.values()]
-            shrink = 1.0 / (1.0 + importance_lr * kl_weight)
-            torch._foreach_sub_(log_w, [self.log_normalizer] * len(log_w))  # one tensor for all would be read back
-            torch._foreach_mul_(log_w, shrink)
-            torch._foreach_sub_(log_w, u, alpha=importance_lr * shrink)
-            torch._foreach_clamp_min_(log_w, -LOG_BOUND)
-            torch._foreach_clamp_max_(log_w, LOG_BOUND)
-            for t in log_w:
-                self._sum_up(t)
-            self._descended.update(ready)
-
-    def account(self, k: int, sums: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Takes note of a mirror step of member k that a fused pass has made, by the sums of its rows."""
-        for absolute, raised, filled in sums:
-            self._absolute.append(absolute)
-            self._raised.append(raised)
-            if self.next_level is not None:
-                self._filled.append(filled)
-        self._counted += self.members[k].numel()
-        self._descended.add(k)
-
-    def _store(self, k: int, log_w: Tensor, new: Tensor) -> None:
-        """Keeps new log-importances of member k, or of its next block."""
-        if self.rounding is not None:
-            bits = [next(self.rounding[k])]
-            while sum(t.numel() for t in bits) < log_w.numel():  # not by blocks: the layouts differ
-                bits.append(next(self.rounding[k]))
-            flat = bits[0] if len(bits) == 1 else torch.cat(bits)
-            new = stochastic_round(new, flat if log_w.dim() == 1 else unflatten(flat, self.members[k]))
-        log_w.copy_(new)
-
-    def _unitless(self, h: Tensor) -> Tensor:
-        h = _finite(h)
-        self._absolute.append(h.abs().sum())  # a norm takes four times as long on a CPU
-        self._counted += h.numel()
-        return h.mul_(self.inverse_scale.to(h.device)).clamp_(-CLIP, CLIP)
-
-    def _sum_up(self, log_w: Tensor) -> None:
-        w = log_w.exp() if self.next_level is None else (log_w + self.next_level.to(log_w.device)).exp_()
-        self._raised.append(w.sum())
-        if self.next_level is not None:
-            self._filled.append(w.clamp_(max=1.0).sum())
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """The scalars for the next step."""
-        if not self._descended:
+        if self._flat is None and self.group["importance"] == "uniform":
             return
-        idle = {k: log_w for k, log_w in enumerate(self.log_importances) if k not in self._descended}
-        n, n_idle = (sum(t.numel() for t in ts) for ts in (self.log_importances, idle.values()))
-        n_moved = n - n_idle
-        device, scale = self.signal_scale.device, self.signal_scale
-        # The importances of a tensor without a signal stay as they are; those of the others keep their total.
-        normalizer = (total(self._raised).to(device) / n_moved).log()
-        if self.next_level is not None:
-            normalizer = normalizer - self.next_level.to(device)
-        if idle:
-            total_idle = n_idle * (log_mean_exp(list(idle.values())).to(device) - self.log_normalizer).exp()
-            normalizer = normalizer - ((n - total_idle).clamp_min(torch.finfo(torch.float32).tiny) / n_moved).log()
-            for k, log_w in idle.items():
-                self._store(k, log_w, log_w.float() + (normalizer - self.log_normalizer).to(log_w.device))
-        self.log_normalizer = normalizer
-        if self.next_level is None:
-            self.water_target = 0.0  # no level is known any more
+        self._start()
+        if self.members:
+            home = self.members[0].device
+            self.group["signal_scale"] = torch.as_tensor(self.group["signal_scale"], dtype=torch.float32, device=home)
+        state = self.optimizer.state
+        for p in self.group["params"]:
+            if p.grad is not None and (p in self._pending or "log_importance" not in state[p]):
+                state[p]["log_importance"] = (
+                    self._views[p] if p in self._places else torch.zeros_like(p, dtype=torch.float32)
+                )
+                self._pending.discard(p)
+        for p in self._pending:
+            self._views[p].zero_()
+
+    def _pieces(self, params: list[Tensor]) -> Iterator[tuple[torch.device, int, int, list[tuple[Tensor, int, int]]]]:
+        """Runs of the flat buffers that cover some members, each with the parts of them that lie in it."""
+        device, start, stop = torch.device("cpu"), 0, 0
+        parts: list[tuple[Tensor, int, int]] = []
+        for p in params:
+            place = self._places[p]
+            position = place.start
+            while position < place.stop:
+                room = BLOCK - (stop - start) if place.device.type == "cpu" else place.stop - position
+                if parts and (place.device != device or position != stop or room <= 0):
+                    yield device, start, stop, parts
+                    parts = []
+                    continue
+                if not parts:
+                    device, start, stop = place.device, position, position
+                    room = BLOCK if place.device.type == "cpu" else place.stop - position
+                size = min(room, place.stop - position)
+                parts.append((p, position - place.start, position - place.start + size))
+                position += size
+                stop = position
+        if parts:
+            yield device, start, stop, parts
+
+    # -- importances --
+
+    @property
+    def is_learnt(self) -> bool:
+        """Whether steps have moved the importances apart."""
+        return self._flat is not None and any(bool((flat != flat[0]).any()) for flat in self._flat.values())
+
+    def _weights(self) -> tuple[dict[torch.device, Tensor], Tensor | None]:
+        """w up to a constant, 0 where a zero is held, flat; and how many are not held, if any may be."""
+        if self._flat is None:
+            sizes: dict[torch.device, int] = {}
+            for place in self._places.values():
+                sizes[place.device] = max(sizes.get(place.device, 0), place.stop)
+            w = {device: torch.ones(size, dtype=torch.float32, device=device) for device, size in sizes.items()}
         else:
-            self.water_level = self.next_level.to(device) + normalizer
-            self.water_error = total(self._filled).to(device) / n - self.water_target
-        mean = total(self._absolute).to(device) / self._counted
-        mean = mean.nan_to_num_(0.0, 0.0, 0.0)  # the sum of finite signals may still overflow
-        self.signal_scale = torch.where(scale > 0, scale.lerp(mean.minimum(CLIP * scale), 1 - _SCALE_DECAY), mean)
+            w = {device: flat.exp() for device, flat in self._flat.items()}
+        if not self.group["hold_zeros"]:
+            return w, None
+        alive = []
+        for device, start, stop, parts in self._pieces(self.members):
+            is_alive = _gather([(flatten(p.detach(), p), a, b) for p, a, b in parts]) != 0
+            w[device][start:stop].mul_(is_alive)
+            alive.append(is_alive.sum())
+        return w, total(alive)
+
+    def _normalize(self, w: dict[torch.device, Tensor], alive: Tensor | None) -> Tensor:
+        """log of the mean of w, which is what to subtract from the log-importances for a mean of 1."""
+        n = sum(t.numel() for t in w.values()) if alive is None else alive
+        return log_mean(list(w.values()), n).nan_to_num(0.0, 0.0, 0.0)  # of a group that is zero for good
+
+    @torch.no_grad()
+    def importances(self) -> dict[Tensor, Tensor]:
+        """w of every member, of its shape, float32: mean 1, and 0 for a zero that is held."""
+        if not self.members:
+            return {}
+        w, alive = self._weights()
+        scale = self._normalize(w, alive).exp()
+        return self._split({device: t.div_(scale.to(device)) for device, t in w.items()})
+
+    @torch.no_grad()
+    def update(self, grads: Mapping[Tensor, Tensor], steps: Mapping[Tensor, Tensor] | None = None) -> None:
+        """The mirror step.
+
+        Args:
+            grads: the dense gradient of each member that has one. The importances of the others stay as they are, and
+                those of these keep their total.
+            steps: the last step of the base optimizer, old weights minus new ones, if the signal reads it; members
+                without one have no signal yet.
+        """
+        group = self.group
+        moving = [p for p in self.members if p in grads and (steps is None or p in steps)]
+        if not moving:
+            return
+        flat = self._start()
+        idle = [p for p in self.members if p not in set(moving)]
+        if self._normalizer is None or idle:
+            w, alive = self._weights()
+            self._normalizer = self._normalize(w, alive)
+        normalizer, self._normalizer = self._normalizer, None
+        lr, kl_weight, signal = group["importance_lr"], group["kl_weight"], SIGNALS[group["importance"]]
+        home = self.members[0].device
+        scale = torch.as_tensor(group["signal_scale"], dtype=torch.float32, device=home)
+        # No signal is used before its scale is known: the first one only sets it.
+        inverse = scale.reciprocal().masked_fill_(scale <= torch.finfo(torch.float32).tiny, 0.0)
+        sizes, counts = [], []
+        for device, start, stop, x, h in self._signals(signal, moving, grads, steps):
+            h = h.nan_to_num(0.0, 0.0, 0.0)
+            if group["hold_zeros"]:
+                h.mul_(is_alive := x != 0)
+                counts.append(is_alive.sum())
+            sizes.append(h.abs().sum())
+            u = h.mul_(inverse.to(device)).clamp_(-CLIP, CLIP)
+            log_w = flat[device][start:stop]
+            log_w.copy_(mirror_step(log_w, u, lr, kl_weight, normalizer.to(device)))
+        if idle:
+            self._keep_totals(w, normalizer, moving, idle)
+        n = total(counts).clamp_min(1.0) if counts else sum(p.numel() for p in moving)
+        mean = (total(sizes) / n).float().nan_to_num(0.0, 0.0, 0.0)  # a sum of finite signals may still overflow
+        group["signal_scale"] = torch.where(scale > 0, scale.lerp(mean.minimum(CLIP * scale), 1 - _SCALE_DECAY), mean)
+
+    def _signals(
+        self,
+        signal: Signal,
+        moving: list[Tensor],
+        grads: Mapping[Tensor, Tensor],
+        steps: Mapping[Tensor, Tensor] | None,
+    ) -> Iterator[tuple[torch.device, int, int, Tensor, Tensor]]:
+        """Runs of the flat buffers with the weights and the signal of each; one of the user's own sees whole
+        tensors."""
+        if signal in ELEMENTWISE:
+            for device, start, stop, parts in self._pieces(moving):
+                x, g = (
+                    _gather([(flatten(of(p).detach(), p), a, b) for p, a, b in parts])
+                    for of in (lambda p: p, grads.__getitem__)
+                )
+                step = None if steps is None else _gather([(flatten(steps[p], p), a, b) for p, a, b in parts])
+                yield device, start, stop, x, signal(x, g, step)
+        else:
+            for p in moving:
+                x, step = p.detach().float(), None if steps is None else steps[p].float()
+                h = signal(x, grads[p].detach().float(), step)
+                yield *self._places[p], flatten(x, p), flatten(h, p)
+
+    def _keep_totals(
+        self, w: dict[torch.device, Tensor], normalizer: Tensor, moving: list[Tensor], idle: list[Tensor]
+    ) -> None:
+        """Lets idle members keep their importances, and the moving ones their total."""
+        new, _ = self._weights()
+        before, after = (
+            total([t[d][a:b].sum() for d, a, b in map(self._places.__getitem__, moving)]) for t in (w, new)
+        )
+        shift = (before / after.clamp_min(1e-300)).log() - normalizer.double()
+        flat = self._start()
+        for params, offset in ((moving, shift), (idle, -normalizer)):
+            for device, start, stop in map(self._places.__getitem__, params):
+                flat[device][start:stop].add_(offset.to(device, torch.float32)).clamp_(-LOG_BOUND, LOG_BOUND)
+
+    # -- masks --
+
+    def end_step(self) -> None:
+        """Forgets the mask: the next pass draws a new one."""
+        if self.mask is not None:
+            self.mask.is_over = True
+            self.mask.factors = {}  # a loss that is kept holds the mask
+        self.mask, self._normalizer = None, None
+        self.dense_reads.clear()
+
+    @torch.no_grad()
+    def _keep(self) -> tuple[dict[torch.device, Tensor], Tensor | None]:
+        """π, flat, and how many weights share the budget, if some are held at zero."""
+        group = self.group
+        w, alive = self._weights()
+        drop_rate = group["drop_rate"]
+        if group["sampling"] == "exact":  # what such a mask can drop: whole weights
+            n = max(sum(t.numel() for t in w.values()) if alive is None else int(alive), 1)
+            drop_rate = round(drop_rate * n) / n
+        target = fill_target(drop_rate, group["keep_floor"], group["drop"])
+        self._normalizer = self._normalize(w, alive)
+        if self._flat is None or group["importance"] == "uniform" or not 0.0 < target < 1.0:
+            return {d: t.sign_().mul_(1.0 - drop_rate) for d, t in w.items()}, alive
+        level = fill_level(list(w.values()), target, alive)
+        for device, t in w.items():
+            c = level.to(device, torch.float32)
+            for part in t.split(BLOCK) if device.type == "cpu" else (t,):
+                held = None if alive is None else part == 0
+                keep_probability(part.mul_(c), group["keep_floor"], group["drop"])
+                if held is not None:
+                    part.masked_fill_(held, 0.0)
+        return w, alive
+
+    @torch.no_grad()
+    def keep_probabilities(self) -> dict[Tensor, Tensor]:
+        """π of every member, of its shape, float32."""
+        return self._split(self._keep()[0]) if self.members else {}
+
+    def expected_factors(self) -> dict[Tensor, Tensor]:
+        """What each weight is multiplied with in the mean of its masked versions: π, or 1 but where the cap bites."""
+        if self.group["drop_rate"] == 0:
+            return {}
+        divisor = self.smallest_divisor()
+        return {p: keep.div_(divisor).clamp_(max=1.0) for p, keep in self.keep_probabilities().items()}
+
+    def smallest_divisor(self) -> float:
+        """What a kept weight is divided by where π is smaller; with ``rescale="none"`` always 1."""
+        return (1.0 - self.group["drop_rate"]) / _RESCALE_CAP if self.group["rescale"] == "inverse" else 1.0
+
+    def current_mask(self) -> Mask:
+        """The mask of this step; draws it if there is none, or if options have changed before it was used."""
+        group = self.group
+        names = (
+            "drop_rate",
+            "drop",
+            "importance",
+            "rescale",
+            "keep_floor",
+            "sampling",
+            "hold_zeros",
+            "seed",
+            "mask_step",
+        )
+        stamp = tuple(group[name] for name in names)
+        if self.mask is None or (not self.mask.is_read and self.mask.stamp != stamp):
+            self.mask = Mask(self.draw(group["mask_step"]), stamp)
+        elif any(p not in self.mask.factors for p in self.members):  # thawed between two passes of a step
+            self.mask.factors = {**self.draw(group["mask_step"]), **self.mask.factors}
+        return self.mask
+
+    @torch.no_grad()
+    def draw(self, step: int, stream: int = TRAINING) -> dict[Tensor, Tensor]:
+        """What each weight is multiplied with under the mask of a step: 0, or 1/π up to the cap."""
+        group = self.group
+        factors, alive = self._keep()
+        words = {"seed": group["seed"], "step": step, "group": self.number, "stream": stream}
+        divisor, row = self.smallest_divisor(), 0
+        chosen = self._choose(factors, alive, words) if group["sampling"] == "exact" else {}
+        for device, keep in factors.items():
+            size = BLOCK if device.type == "cpu" else len(keep)
+            rows = range(row, row + -(-len(keep) // ROW))
+            row = rows.stop
+            if device in chosen:
+                masks = (part.to(torch.int32).neg_() for part in chosen[device].split(size))
+            else:
+                random = bit_blocks(rows, -(-size // ROW), device=device, **words)
+                masks = (kept_bits(b[: len(part)], part) for b, part in zip(random, keep.split(size), strict=True))
+            for part, kept in zip(keep.split(size), masks, strict=True):
+                part.clamp_(min=divisor).reciprocal_().view(torch.int32).bitwise_and_(kept)
+        split = self._split(factors)
+        for p in self._normalized & split.keys():
+            for empty in empty_slices(split[p] != 0):
+                split[p].masked_fill_(empty, 1.0)
+        return split
+
+    def _choose(
+        self, keep: dict[torch.device, Tensor], alive: Tensor | None, words: dict[str, int]
+    ) -> dict[torch.device, Tensor]:
+        """Which weights an exact mask keeps, flat."""
+        home = self.members[0].device
+        sizes = [len(t) for t in keep.values()]
+        n = sum(sizes) if alive is None else int(alive)
+        uniforms, row = [], 0
+        for size in sizes:
+            rows = range(row, row + -(-size // ROW))
+            row = rows.stop
+            uniforms.append(as_uniform(bits(rows, device=home, **words)[:size]))
+        mask = pareto_sample(
+            torch.cat([t.to(home) for t in keep.values()]), torch.cat(uniforms), n - round(self.group["drop_rate"] * n)
+        )
+        return {device: part.to(device) for device, part in zip(keep, mask.split(sizes), strict=True)}
+
+    def sample(self, number: int) -> dict[Tensor, Tensor]:
+        """The factors of mask ``number`` of :meth:`Impact.sampled`, from a stream that no training step draws from."""
+        return self.draw(number, SAMPLED)
+
+    def _split(self, flat: dict[torch.device, Tensor]) -> dict[Tensor, Tensor]:
+        return {p: unflatten(flat[d][start:stop], p) for p, (d, start, stop) in self._places.items()}
 
 
-def _finite(h: Tensor) -> Tensor:
-    return h.nan_to_num(0.0, 0.0, 0.0)  # not in place: a signal may be one of its own arguments
+def _gather(parts: list[tuple[Tensor, int, int]]) -> Tensor:
+    """Runs of flat tensors as one tensor, float32; a view where that is possible."""
+    runs = [flat[a:b] for flat, a, b in parts]
+    return (runs[0] if len(runs) == 1 else torch.cat(runs)).float()

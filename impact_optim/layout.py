@@ -68,23 +68,17 @@ def _places(numel: int, count: int, device: torch.device) -> Tensor:
     return (spread * numel).long().to(device)
 
 
-def sample(tensors: Sequence[Tensor], size: int, like: Sequence[Tensor] | None = None) -> Tensor:
+def sample(tensors: Sequence[Tensor], size: int) -> Tensor:
     """About ``size`` elements spread evenly over several tensors, float32, the same places at every call.
 
     Args:
         tensors: on any devices.
         size: how many; all elements if there are no more.
-        like: the parameters whose element order counts, if it is not the tensors' own.
     """
     device, n = tensors[0].device, sum(t.numel() for t in tensors)
     parts = []
-    for t, p in zip(tensors, tensors if like is None else like, strict=True):
+    for t in tensors:
         count = -(-size * t.numel() // n) if n > size else t.numel()
-        if count == t.numel():
-            part = flatten(t.detach(), p)
-        elif t.is_contiguous() and p.is_contiguous():
-            part = torch.take(t.detach(), _places(t.numel(), count, t.device))
-        else:
-            part = flatten(t.detach(), p)[_places(t.numel(), count, t.device)]
-        parts.append(part)
+        flat = t.detach().reshape(-1)
+        parts.append(flat if count == t.numel() else torch.take(flat, _places(t.numel(), count, t.device)))
     return torch.cat([part.to(device, torch.float32) for part in parts])

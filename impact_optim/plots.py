@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from .impact_sgd import ImpactSGD
+from .impact import Impact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ class LayerStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def layer_statistics(optimizer: ImpactSGD, model: nn.Module) -> list[LayerStatistics]:
+def layer_statistics(optimizer: Impact, model: nn.Module) -> list[LayerStatistics]:
     """Importances and keep probabilities of every maskable tensor of a model, in the model's order.
 
     Raises:
@@ -119,7 +119,7 @@ def arm_colors(names: Iterable[str]) -> dict[str, str]:
     return {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(names)}
 
 
-def plot_importances(optimizer: ImpactSGD, model: nn.Module) -> Figure:
+def plot_importances(optimizer: Impact, model: nn.Module) -> Figure:
     """Histogram of the importances of a model's weights, a panel per layer.
 
     Uniform importances are a spike at 1; degenerate ones are a single large value, with all others far below.
@@ -168,7 +168,7 @@ def plot_importances_of(
     return figure
 
 
-def plot_keep_probabilities(optimizer: ImpactSGD, model: nn.Module) -> Figure:
+def plot_keep_probabilities(optimizer: Impact, model: nn.Module) -> Figure:
     """How likely each layer's weights are kept: their distribution, and its mean as a dot.
 
     Example:

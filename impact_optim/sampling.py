@@ -1,7 +1,7 @@
 """The mask stream: a counter-based generator, and draws with given inclusion probabilities.
 
-A draw is a function of (seed, step, tensor index, rank, element index) and of nothing else, so there is no generator
-state to save, and every implementation and device sees the same masks, also after a resume.
+A draw is a function of (seed, step, group, stream, place in the simplex) and of nothing else, so there is no generator
+state to save, and every device sees the same masks, also after a resume.
 
 The generator has two levels. Philox gives every row of 4096 elements three keys of its own; a keyed hash of the
 position in the row gives every element its 32 bits, in a dozen integer operations that any device and any compiler
@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import BLOCK
-
-ROW = 4096  # elements that share their keys; also the width of the rows in which the compiled step runs
-ROUNDING = 1 << 31  # in place of a rank: a part of the stream that no mask is drawn from
+ROW = 4096  # elements that share their keys
+TRAINING, SAMPLED = 0, 1  # streams: the masks of training steps, and those of :meth:`Impact.sampled`
 _WORD = 0xFFFFFFFF
 
 
@@ -48,17 +46,14 @@ def philox4x32(
     return c0, c1, c2, c3  # type: ignore[return-value]
 
 
-def row_keys(row: Tensor, *, seed: int, step: int | Tensor, tensor: int | Tensor, rank: int = 0) -> Tensor:
+def row_keys(row: Tensor, *, seed: int, step: int, group: int, stream: int = 0) -> Tensor:
     """The keys of rows of 4096 elements, int32, three for each row.
 
     Args:
-        row: index of the row in its tensor, int64, one dimension.
-        seed, step, tensor, rank: the place in the stream; ``seed`` in [0, 2^64), the others in [0, 2^32). ``tensor``
-            may be given row by row, and ``step`` as a scalar tensor.
+        row: index of the row in its simplex, int64, one dimension.
+        seed, step, group, stream: the place in the stream; ``seed`` in [0, 2^64), the others in [0, 2^32).
     """
-    if isinstance(step, Tensor):
-        step = step.to(row.device)
-    words = philox4x32((row, tensor, step & _WORD, rank), (seed & _WORD, seed >> 32 & _WORD))
+    words = philox4x32((row, group, step & _WORD, stream), (seed & _WORD, seed >> 32 & _WORD))
     return torch.stack(words[:3], dim=1).to(torch.int32)  # wraps: the bits are what counts
 
 
@@ -97,38 +92,32 @@ def kept_bits(bits: Tensor, keep: Tensor) -> Tensor:
     return (bits >> 1).sub_(keep.mul(2.0**31).sub_(2.0**30).to(torch.int32)).bitwise_right_shift_(31)
 
 
-def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
-    """A bfloat16 next to x, above or below with the probabilities that make the mean x; as float32.
-
-    Args:
-        x: float32, below the largest bfloat16.
-        bits: int32, of its shape, of which the upper 16 are used.
-
-    Source: Gupta, Agrawal, Gopalakrishnan & Narayanan, Deep learning with limited numerical precision, ICML 2015.
-    """
-    return ((x.view(torch.int32) + ((bits >> 16) & 0xFFFF)) & -0x10000).view(torch.float32)
-
-
 def bit_blocks(
-    n: int, *, seed: int, step: int | Tensor, tensor: int, rank: int = 0, device: torch.device | str = "cpu"
+    rows: range,
+    at_once: int,
+    *,
+    seed: int,
+    step: int,
+    group: int,
+    stream: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
-    """The random bits of n elements, int32, in the blocks in which :func:`impact_optim.layout.blocks` cuts a tensor.
-
-    Args:
-        n: how many.
-        seed, step, tensor, rank: the place in the stream; see :func:`row_keys`.
-        device: where; other devices than a CPU get one block.
-    """
-    row, position = torch.arange(-(-n // ROW), device=device), torch.arange(ROW, dtype=torch.int32, device=device)
-    keys = row_keys(row, seed=seed, step=step, tensor=tensor, rank=rank).unsqueeze(1)
-    rows = BLOCK // ROW if row.device.type == "cpu" else max(len(row), 1)
-    for i, part in enumerate(keys.split(rows)):
-        yield row_bits(part, position).view(-1)[: n - i * rows * ROW]
+    """The random bits of some rows of 4096 elements, some rows at once, int32, one dimension; see :func:`row_keys`."""
+    # The keys are made on the CPU: they are few, and take a hundred small operations.
+    keys = row_keys(torch.arange(rows.start, rows.stop), seed=seed, step=step, group=group, stream=stream).unsqueeze(1)
+    keys = keys.to(device, non_blocking=True)
+    position = torch.arange(ROW, dtype=torch.int32, device=device)
+    return (row_bits(part, position).view(-1) for part in keys.split(at_once))
 
 
-def uniform(n: int, **place: Any) -> Tensor:
-    """The bits of :func:`bit_blocks` as numbers, uniform on the midpoints (k + 1/2) / 2^32 of (0, 1), float64."""
-    return torch.cat(list(bit_blocks(n, **place))).double().add_(2.0**31 + 0.5).mul_(2.0**-32)
+def bits(rows: range, **place: Any) -> Tensor:
+    """The random bits of some rows, all at once."""
+    return next(bit_blocks(rows, max(len(rows), 1), **place))
+
+
+def as_uniform(words: Tensor) -> Tensor:
+    """Random bits as numbers, uniform on the midpoints (k + 1/2) / 2^32 of (0, 1), float64."""
+    return words.double().add_(2.0**31 + 0.5).mul_(2.0**-32)
 
 
 def pareto_sample(probability: Tensor, u: Tensor, size: int) -> Tensor:

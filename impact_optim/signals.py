@@ -1,41 +1,43 @@
 """Importance signals: what a weight's importance goes down with.
 
-Each is one function ``signal(weight, grad, direction, lr) -> h`` of one tensor, with
+Each is one function ``signal(weight, grad, step) -> h`` of float32 tensors of one shape, with
 
 - ``weight``: the dense weights x, as they were when the gradient was taken;
 - ``grad``: g, the gradient at the weights that the forward pass saw, dense also where a weight was dropped;
-- ``direction``: d, the momentum buffer whose step led to these weights, or ``None`` before there is one;
-- ``lr``: the learning rate γ, a float or a scalar tensor;
+- ``step``: γd, the last step of the base optimizer, old weights minus new ones; ``None`` unless the signal is in
+  :data:`READS_STEP`.
 
-all in float32. The mirror step lowers the importance where h is positive and raises it where h is negative. Only
-ratios matter: the optimizer divides h by its running mean absolute value. ``None`` stands for "no signal yet".
+The mirror step lowers the importance where h is positive and raises it where h is negative. Only ratios matter: h is
+divided by its running mean absolute value.
 
 A signal of your own is one line, usable at once as ``ImpactSGD(..., importance="mine")``::
 
-    impact_optim.SIGNALS["mine"] = lambda weight, grad, direction, lr: -weight.square() * grad.square()
+    impact_optim.SIGNALS["mine"] = lambda weight, grad, step: -weight.square() * grad.square()
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-Signal = Callable[[Tensor, Tensor, "Tensor | None", "float | Tensor"], "Tensor | None"]
+Signal = Callable[[Tensor, Tensor, Any], Tensor]
 
 
-def hypergradient(weight: Tensor, grad: Tensor, direction: Tensor | None, lr: float | Tensor) -> Tensor | None:
-    r""":math:`h = -\gamma \, d \odot g`: the step just taken, times the gradient it led to.
+def hypergradient(weight: Tensor, grad: Tensor, step: Tensor) -> Tensor:
+    r""":math:`h = -\gamma \, d \odot g`: the step just taken, times the gradient that it led to.
 
-    It is the derivative of L(x - w ⊙ γd) in w, judged by the next batch.
+    It is the derivative of L(x - w ⊙ γd) in w. ``"lookahead"`` takes the gradient on the batch of the step itself, as
+    the source does; ``"hypergradient"`` lets the next batch judge the step, which costs nothing and is noisier.
 
     Source: A. V. Rebrikov, sparsification by weight importance, MIPT 2024; as in Baydin et al., Online learning rate
     adaptation with hypergradient descent, ICLR 2018.
     """
-    return None if direction is None else direction.mul(grad).mul_(-lr)
+    return step.mul(grad).neg_()
 
 
-def saliency(weight: Tensor, grad: Tensor, direction: Tensor | None, lr: float | Tensor) -> Tensor:
+def saliency(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
     r""":math:`h = -|x \odot g|`: the first-order cost of setting the weight to zero.
 
     Source: Mozer & Smolensky, Skeletonization, NIPS 1988; Molchanov et al., ICLR 2017.
@@ -43,33 +45,28 @@ def saliency(weight: Tensor, grad: Tensor, direction: Tensor | None, lr: float |
     return weight.mul(grad).abs_().neg_()
 
 
-def fisher(weight: Tensor, grad: Tensor, direction: Tensor | None, lr: float | Tensor) -> Tensor:
+def fisher(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
     r""":math:`h = -g^2`: the empirical Fisher diagonal, and what ``lookahead`` tends to for a small step."""
     return grad.square().neg_()
 
 
-def magnitude(weight: Tensor, grad: Tensor, direction: Tensor | None, lr: float | Tensor) -> Tensor:
+def magnitude(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
     r""":math:`h = -|x|`: the ablation that every other signal has to beat."""
     return weight.abs().neg_()
 
 
 SIGNALS: dict[str, Signal] = {
-    "hypergradient": hypergradient,
-    "lookahead": hypergradient,  # the same formula; ImpactSGD.step evaluates it on the batch of the step itself
     "saliency": saliency,
+    "lookahead": hypergradient,  # the same formula; the gradient is that of the step's own batch at x - w ⊙ γd
+    "hypergradient": hypergradient,
     "fisher": fisher,
     "magnitude": magnitude,
 }
 """Signals by name. ``"uniform"`` is not among them: it has no signal and keeps no importances."""
 
-_READS: dict[Signal, tuple[bool, bool, bool]] = {
-    hypergradient: (False, True, True),
-    saliency: (True, True, False),
-    fisher: (False, True, False),
-    magnitude: (True, False, False),
-}
+READS_STEP = {"lookahead", "hypergradient"}
+"""Names of the signals that read the last step. ``"hypergradient"`` keeps it from one step to the next, 4 bytes a
+weight; add the name of your own signal if it reads ``step``."""
 
-
-def reads(name: str) -> tuple[bool, bool, bool]:
-    """Whether a signal reads the weight, the gradient and the direction. One of your own may read them all."""
-    return _READS.get(SIGNALS[name], (True, True, True))
+ELEMENTWISE: set[Signal] = set(SIGNALS.values())
+"""Signals that may be taken of several tensors at once, or of parts of them. One of your own sees whole tensors."""

@@ -1,12 +1,12 @@
-"""Importances on a scaled simplex: the mirror step, the normaliser, water-filling and read-outs.
+"""Importances on a scaled simplex: the mirror step, water-filling and read-outs, as pure functions.
 
 A simplex holds ``n`` weights, spread over one or several tensors. Its point is ``w`` with ``w >= 0`` and
-``sum(w) = n``; everything here works on ``log_w``, which may be off by a constant that the caller carries
-(:func:`log_mean_exp`), so that a step needs one pass over memory and no second one to normalise.
+``sum(w) = n``. The functions that take ``log_w`` allow it to be off by a constant.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +20,12 @@ LOG_BOUND = 60.0
 
 CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
 
-SAMPLE = 4096  # weights; larger simplexes are looked at through a sample of that size
+SAMPLE = 4096  # weights; the level of a larger simplex is first solved for on a sample of that size
+
+_ROUNDING = 1e-9  # what is left of a budget that the floor takes up
+
+_NEWTON_STEPS = 6  # on a device that must not be waited for, from the level of a larger sample
+_MOST_STEPS = 200  # on a CPU, which stops when the budget is met
 
 
 def mirror_step(
@@ -63,135 +68,140 @@ def log_mean_exp(log_w: Sequence[Tensor]) -> Tensor:
 
     Subtracting it from every ``log_w`` makes mean(w) = 1. Since ``|log_w| <= LOG_BOUND`` no maximum has to be
     subtracted first.
-
-    Args:
-        log_w: the tensors of the simplex, at least one of them not empty.
     """
-    return torch.log(total([t.float().exp().sum() for t in log_w]) / _numel(log_w))
+    return log_mean([t.float().exp() for t in log_w], sum(t.numel() for t in log_w))
+
+
+def log_mean(w: Sequence[Tensor], n: int | Tensor) -> Tensor:
+    """The log of the mean of w over n weights, a float32 scalar on the first tensor's device."""
+    return torch.log(total([part.sum() for t in w for (part,) in blocks(t)]) / n).float()
 
 
 def water_level(log_w: Sequence[Tensor], mean: float) -> Tensor:
     r"""The level c at which :math:`\min(1, c \, w)` has a given mean over the simplex.
 
-    Up to 4096 weights are sorted, and the level is exact. With more, four Newton steps begin at the level of a sample:
-    the mean is a concave, piecewise linear function of c, so that a step lands at or below the root, and the next ones
-    rise to it.
-
     Args:
-        log_w: the tensors of the simplex.
+        log_w: the log-importances of the simplex, within ±``LOG_BOUND``.
         mean: the target, in (0, 1).
 
     Returns:
-        log c, a float32 scalar on the first tensor's device.
+        log c, a float32 scalar on the first tensor's device; see :func:`fill_level`.
 
     Example:
         >>> c = water_level([torch.tensor([4.0, 1.0, 1.0]).log()], mean=2 / 3).exp()
         >>> c  # min(1, c·w) = (1, 1/2, 1/2)
         tensor(0.5000)
     """
-    level = _exact_level(sample(log_w, SAMPLE), mean)
-    return level if _numel(log_w) <= SAMPLE else _newton(log_w, mean, level, steps=4)
+    return fill_level([t.float().exp() for t in log_w], mean).log().float()
 
 
-def next_water_level(old: Tensor, new: Tensor, log_level: Tensor, error: Tensor | float = 0.0) -> Tensor:
-    r"""The level of a simplex that takes a small step, from a sample of it before and after.
+def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) -> Tensor:
+    r"""The level c at which :math:`\min(1, c \, w)` has a given mean over the weights with w > 0.
 
-    Solves :math:`\overline{\min(1, c' w')} = \overline{\min(1, c \, w)} - e` over the sample, so that what the
-    sample says of the change is used and what it says of the level is not: its error is that of the mean *change* of
-    4096 weights, which for steps of 1% is about 1e-4, and does not add up when e is measured at every step.
+    Up to 4096 weights are sorted, and the level is exact. With more, Newton steps begin at the level of a sample. The
+    mean is a concave, piecewise linear function of c, so that a step lands at or below the root, and the next ones rise
+    to it. They work with what is missing, :math:`\sum \max(0, 1 - c w)`, which stays accurate at small drop rates. On a
+    CPU they go on until the budget is met to 1e-4 of what is dropped or kept; elsewhere there are six,
+    from a sample of 65536, since to look would wait for the device.
 
     Args:
-        old: log w of the sample, one dimension.
-        new: log w of the same weights after the step; may be off by a constant.
-        log_level: log c, relative to ``old``.
-        error: e, by how much the mean over the whole simplex was too high at that level.
+        w: the weights of the simplex, float32, not negative.
+        mean: the target, in (0, 1).
+        alive: how many weights are above 0, a scalar tensor; by default all.
 
     Returns:
-        log c', relative to ``new`` as given.
+        c, a float64 scalar on the first tensor's device.
     """
-    mean = (old + log_level).clamp_(max=0.0).exp_().mean() - error
-    start = log_level + old.mean() - new.mean()  # most of a step shifts all alike
-    return _newton([new], mean, start, steps=3)
-
-
-def _newton(log_w: Sequence[Tensor], mean: Tensor | float, log_level: Tensor, steps: int) -> Tensor:
-    n = _numel(log_w)
-    for _ in range(steps):
-        full, rest = [], []
-        for t in log_w:
+    on_cpu = _may_wait(w)
+    size = SAMPLE if on_cpu else 16 * SAMPLE
+    level = _sorted_level(sample(w, size), mean)
+    n = sum(t.numel() for t in w)
+    if n <= size:
+        return level
+    live = torch.full((), n, dtype=torch.float64, device=level.device) if alive is None else alive.double()
+    missing = (1.0 - mean) * live
+    tolerance = 1e-4 * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
+    closest = math.inf
+    exact = torch.float64 if mean < 0.01 else None  # what is open is then a small difference of large sums
+    for _ in range(_MOST_STEPS if on_cpu else _NEWTON_STEPS):
+        gaps, opened = [], []
+        for t in w:
+            c = -level.to(t.device, torch.float32)
             for (part,) in blocks(t):
-                filled = (part.float() + log_level.to(t.device)).exp_()
-                is_full = filled >= 1.0
-                full.append(is_full.sum(dtype=torch.float32))
-                rest.append(filled.masked_fill_(is_full, 0.0).sum())
-        # Newton on a linear piece: the open part has to carry what the full part does not. The bounds keep a start
-        # on the wrong side of a kink (more full than the target, or nothing open) on its way.
-        ratio = (mean * n - total(full)) / total(rest).clamp_min(1e-30)
-        log_level = log_level + ratio.clamp(1 / 8, 8).log()
-    return log_level
+                gap = (part * c).add_(1.0).clamp_(min=0.0)
+                if alive is not None:
+                    gap.mul_(part > 0)
+                gaps.append(gap.sum(dtype=exact))
+                opened.append(gap.count_nonzero())
+        gap_sum = total(gaps)
+        if on_cpu:
+            error = float(gap_sum - missing)
+            if abs(error) <= tolerance or error >= closest:  # below the root a step comes closer, but for rounding
+                break
+            closest = error if error > 0.0 else closest
+        # The bounds keep a start on the wrong side of a kink (nothing open, or a slope of nearly 0) on its way.
+        slope = (total(opened) - gap_sum).clamp_min(1e-30)
+        before, level = level, level * (1.0 + (gap_sum - missing) / slope).clamp(1 / 8, 8)
+        if on_cpu and before.float() == level.float():
+            break
+    return level
 
 
-def _exact_level(log_w: Tensor, mean: float) -> Tensor:
-    """log c by sorting."""
-    log_w = log_w.sort(descending=True).values.double()
+def _may_wait(tensors: Sequence[Tensor]) -> bool:
+    """Whether the host may look at numbers: it does not wait for a device then."""
+    return all(t.device.type == "cpu" for t in tensors)
+
+
+def _sorted_level(w: Tensor, mean: float) -> Tensor:
+    """The level of one dimension of weights, by sorting."""
+    w = w.double().sort(descending=True).values
     # With the k largest full, the others carry the rest: c_k = (mean·n - k) / (their sum). It is right for the first
     # k that leaves the next largest below 1.
-    open_share = mean * log_w.numel() - torch.arange(log_w.numel(), dtype=torch.float64, device=log_w.device)
-    level = open_share.clamp_min(1e-30).log() - log_w.flip(0).logcumsumexp(0).flip(0)
-    k = (level + log_w <= 1e-9).to(torch.uint8).argmax()
-    return level.gather(0, k.view(1)).squeeze(0).float()  # to index by a scalar would wait for the device
+    n = (w > 0).sum(dtype=torch.float64)
+    open_share = mean * n - torch.arange(len(w), dtype=torch.float64, device=w.device)
+    tail = w.flip(0).cumsum(0).flip(0)
+    level = open_share.clamp_min(1e-300) / tail.clamp_min(1e-300)
+    k = (level * w <= 1.0 + 1e-9).to(torch.uint8).argmax()
+    return level.gather(0, k.view(1)).squeeze(0)  # to index by a scalar would wait for the device
 
 
-def keep_probability(
-    log_w: Tensor, log_level: Tensor | float, *, drop_rate: float, keep_floor: float = 0.0, drop: str = "unimportant"
-) -> Tensor:
-    r"""Keep probabilities :math:`\pi` whose mean over the simplex is ``1 - drop_rate``.
+def keep_probability(filled: Tensor, keep_floor: float = 0.0, drop: str = "unimportant") -> Tensor:
+    r"""Keep probabilities whose mean over the simplex is ``1 - drop_rate``, in place of ``filled``.
 
     .. math::
         \pi = f + (1 - f) \min(1, c \, w) \quad\text{or, for drop="important",}\quad
         \pi = 1 - (1 - f) \min(1, c \, w)
 
-    with f the floor and c the level of :func:`water_level` for the target :func:`fill_target`. Clipping
-    :math:`\min(1, \alpha w)` without solving for the level misses the budget.
+    with c the level of :func:`fill_level` for the target :func:`fill_target`. Clipping :math:`\min(1, \alpha w)`
+    without solving for the level misses the budget.
 
     Args:
-        log_w: log-importances, any shape.
-        log_level: log c, relative to ``log_w`` as given.
-        drop_rate: expected share of dropped weights.
-        keep_floor: smallest keep probability, at most ``1 - drop_rate``.
+        filled: c·w, any shape; is overwritten.
+        keep_floor: f, the smallest keep probability, at most ``1 - drop_rate``.
         drop: ``"unimportant"`` or ``"important"``.
     """
-    target = fill_target(drop_rate, keep_floor, drop)
-    if target <= 0.0 or target >= 1.0:  # the floor is the whole budget, or nothing is dropped
-        return torch.full_like(log_w, 1.0 - drop_rate, dtype=torch.float32)
-    filled = (log_w.float() + log_level).exp_().clamp_(max=1.0).mul_(1.0 - keep_floor)
+    filled.clamp_(max=1.0).mul_(1.0 - keep_floor)
     return filled.add_(keep_floor) if drop == "unimportant" else filled.neg_().add_(1.0)
 
 
 def fill_target(drop_rate: float, keep_floor: float, drop: str) -> float:
     """The mean of min(1, c·w) that gives :func:`keep_probability` its budget."""
     share = drop_rate if drop == "important" else 1.0 - drop_rate - keep_floor
-    return float(min(max(share / (1.0 - keep_floor), 0.0), 1.0))
+    target = share / (1.0 - keep_floor)
+    return 0.0 if target < _ROUNDING else 1.0 if target > 1.0 - _ROUNDING else target
 
 
-def perplexity(log_w: Sequence[Tensor]) -> Tensor:
-    r"""The effective number of weights of a simplex, :math:`\exp(-\sum p \log p)` with :math:`p = w / \sum w`.
+def perplexity(w: Tensor) -> Tensor:
+    r"""The effective number of weights, :math:`\exp(-\sum p \log p)` with :math:`p = w / \sum w`.
 
     It is n for uniform importances and 1 when a single weight holds everything.
     """
-    log_p = torch.cat([t.reshape(-1).double().cpu() for t in log_w])
-    log_p = log_p - torch.logsumexp(log_p, 0)
-    return torch.exp(-(log_p.exp() * log_p).sum())
+    p = w.double() / w.double().sum()
+    return torch.special.entr(p).sum().exp()
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of all elements of tensors on any devices, float32, on the first one's."""
-    device = parts[0].device
+    """The sum of scalars on any devices, float64, on the first one's."""
     if len(parts) == 1:
-        return parts[0].sum(dtype=torch.float64).float()
-    flat = [part.to(device, non_blocking=True).reshape(-1) for part in parts]
-    return torch.cat(flat).sum(dtype=torch.float64).float()
-
-
-def _numel(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() for t in tensors)
+        return parts[0].double()
+    return torch.stack([part.to(parts[0].device, non_blocking=True) for part in parts]).sum(dtype=torch.float64)

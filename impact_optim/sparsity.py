@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ __all__ = ["SparseTensor", "SparsityReport"]
 
 
 class SparseTensor(NamedTuple):
-    """What :meth:`ImpactSGD.sparsify` has left of one tensor."""
+    """What :meth:`Impact.sparsify` has left of one tensor."""
 
     name: str
     mask: Tensor
@@ -31,7 +33,7 @@ class SparseTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What :meth:`ImpactSGD.sparsify` did; prints as a table."""
+    """What :meth:`Impact.sparsify` did; prints as a table."""
 
     tensors: list[SparseTensor]
 
@@ -53,6 +55,63 @@ class SparsityReport:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
         return "\n".join("  ".join(row) for row in cells)
+
+
+def choose(
+    scores: Mapping[Tensor, Tensor], sparsity: float | tuple[int, int], scope: str, name: Callable[[Tensor], str]
+) -> dict[Tensor, Tensor]:
+    """The masks of the weights to be kept.
+
+    Args:
+        scores: of each tensor; -inf for what is zero for good already.
+        sparsity: the share of weights to be zero, or a pattern as :func:`parse_pattern` gives it.
+        scope: ``"global"`` or ``"tensor"``.
+        name: what to call a tensor in an error.
+
+    Raises:
+        ValueError: no tensor fits the pattern, weights that are zero for good would come back, or nothing would be left
+            of a tensor.
+    """
+    if isinstance(sparsity, tuple):
+        found = {p: keep_pattern(score, *sparsity) for p, score in scores.items()}
+        masks = {p: mask for p, mask in found.items() if mask is not None}
+        if not masks:
+            raise ValueError(
+                f"dimension 1 of none of the tensors can be divided by {sparsity[1]}: sparsify by a share instead"
+            )
+    elif scope == "tensor":
+        masks = {p: keep_largest([score], round((1.0 - sparsity) * score.numel()))[0] for p, score in scores.items()}
+    else:
+        count = round((1.0 - sparsity) * sum(score.numel() for score in scores.values()))
+        masks = dict(zip(scores, keep_largest(list(scores.values()), count), strict=True))
+    for p, mask in masks.items():
+        revived = mask & (scores[p] == -math.inf)
+        if not isinstance(sparsity, tuple) and revived.any():
+            raise ValueError(
+                f"{name(p)} has more weights that are zero for good already than sparsity={sparsity} leaves out; they "
+                "do not come back"
+            )
+        mask &= ~revived
+        if not mask.any():
+            raise ValueError(
+                f"sparsity={sparsity} would leave nothing of {name(p)}, and the network dead: lower it, choose "
+                "scope='tensor', or leave the tensor out of params"
+            )
+    return masks
+
+
+@contextmanager
+def changed(values: Sequence[tuple[Tensor, Tensor]]) -> Generator[None, None, None]:
+    """Copies new values into tensors, for good if the scope ends well. Otherwise the old ones are back."""
+    old = [(tensor, tensor.clone()) for tensor, _ in values]
+    try:
+        for tensor, value in values:
+            tensor.copy_(value)
+        yield
+    except BaseException:
+        for tensor, value in old:
+            tensor.copy_(value)
+        raise
 
 
 def keep_largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -35,7 +35,7 @@ from impact_optim.pruning import LayerReport, PruneReport, load_pruned
 
 pytest.importorskip("sklearn")
 
-DENSE_ARMS = ("baseline", "adamw", "scaled-steps", "gradual-magnitude")  # they drop nothing
+DENSE_ARMS = ("baseline", "adamw", "gradual-magnitude")  # they drop nothing
 COMMON = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "drop_rate": 0.1}
 
 
@@ -296,7 +296,7 @@ def test_overrides_win_in_their_order():
     assert (arms["saliency"]["kl_weight"], arms["saliency"]["lr"], arms["saliency"]["sampling"]) == (3, 0.2, "exact")
     # What makes an arm what it is outlasts what is set for all.
     assert arm_options(["impacts"], COMMON, ["kl_weight=3"])["impacts"]["kl_weight"] == 0.0
-    assert arm_options(["scaled-steps"], COMMON)["scaled-steps"]["drop_rate"] == 0.0
+    assert arm_options(["gradual-magnitude"], COMMON)["gradual-magnitude"]["drop_rate"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_overrides_win_in_their_order():
         (["fisher"], ["fishy.lr=1"], "an arm 'fishy', which does not exist"),
         (["fisher"], ["simplex=layer"], "arm fisher: Invalid simplex"),
         (["baseline"], ["baseline.lr=-1"], "arm baseline: Invalid learning rate"),
-        (["fisher"], ["lr=fast"], "arm fisher: Invalid learning rate"),
+        (["fisher"], ["lr=fast"], "arm fisher: Invalid lr"),
     ],
 )
 def test_wrong_arms_and_overrides_are_named_before_any_training(arms, override, message):
@@ -454,13 +454,13 @@ def test_a_run_killed_between_line_and_checkpoint_repeats_the_epoch(digits, tmp_
 
 def test_arms_share_initial_weights_and_batches(digits, tmp_path):
     first = {}
-    for arm in ("baseline", "scaled-steps"):  # without masks, and all importances 1 at the first step
+    for arm in ("baseline", "gradual-magnitude"):  # without masks, and all importances 1 at the first step
 
         def note(loss, arm=arm):
             first.setdefault(arm, loss.item())
 
         run(arm, digits, tmp_path / arm, on_batch=note)
-    assert first["baseline"] == first["scaled-steps"]
+    assert first["baseline"] == first["gradual-magnitude"]
 
 
 def test_every_way_to_a_sparse_network_gets_there(digits, tmp_path):

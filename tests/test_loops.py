@@ -3,11 +3,13 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import FACES, Face, assert_same, clones, every_face
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
@@ -16,52 +18,39 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from impact_optim import ImpactSGD
 
 # ------------------------------------------------------------------------------------------ helpers
 
 
-def clones(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal to the bit."""
-    assert list(actual) == list(expected)
-    for name in expected:
-        torch.testing.assert_close(
-            actual[name], expected[name], rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}"
-        )
-
-
-def factors(module: nn.Module, optimizer: ImpactSGD) -> dict[str, Tensor]:
+def factors(module: nn.Module, impact: Any) -> dict[str, Tensor]:
     """What the masks of this step multiply every parameter with, read off parameters that are all ones."""
     dense = clones(module)
     with torch.no_grad():
         for p in module.parameters():
             p.fill_(1.0)
-    with optimizer.masked():
-        result = clones(module)
-    with torch.no_grad():
+        with impact.masked():
+            result = clones(module)
         for name, p in module.named_parameters():
             p.copy_(dense[name])
     return result
 
 
-def masked_weights(module: nn.Module, optimizer: ImpactSGD) -> dict[str, Tensor]:
+def masked_weights(module: nn.Module, impact: Any) -> dict[str, Tensor]:
     """What a training forward pass is to see: leaves of their own, to be differentiated."""
-    by = factors(module, optimizer)
+    by = factors(module, impact)
     return {name: (p.detach() * by[name]).requires_grad_() for name, p in module.named_parameters()}
 
 
 class ByHand:
-    """The training of a module by torch.optim.SGD through ``weight * factor``, whose gradient autograd masks."""
+    """The training of a module by an optimizer of torch through ``weight * factor``, whose gradient autograd masks."""
 
-    def __init__(self, module: nn.Module, **sgd: Any) -> None:
+    def __init__(self, module: nn.Module, make: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
         self.module = copy.deepcopy(module)
         self.weights = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
-        self.sgd = torch.optim.SGD(self.weights.values(), **sgd)
+        self.base = make(self.weights.values(), **options)
 
     def __call__(self, by: dict[str, Tensor], *args: Any) -> Any:
         return functional_call(self.module, {name: w * by[name] for name, w in self.weights.items()}, args)
@@ -75,8 +64,8 @@ class ByHand:
             self.module.train()
 
     def step(self) -> None:
-        self.sgd.step()
-        self.sgd.zero_grad()
+        self.base.step()
+        self.base.zero_grad()
 
     def assert_equals(self, module: nn.Module, **tolerance: float) -> None:
         for name, p in module.named_parameters():
@@ -109,7 +98,7 @@ def detached(output: Any) -> Any:
     [
         ({"lr": 0.1}, {"drop_rate": 0.2}),
         ({"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}, {"drop_rate": 0.2}),
-        ({"lr": 0.1, "momentum": 0.9}, {"drop_rate": 0.5, "importance": "fisher", "simplex": "tensor"}),
+        ({"lr": 0.1, "momentum": 0.9}, {"drop_rate": 0.5, "importance": "fisher", "drop": "important"}),
         ({"lr": 0.1, "weight_decay": 0.1}, {"drop_rate": 0.5, "rescale": "none", "importance_lr": 0.3}),
         ({"lr": 0.1}, {"drop_rate": 0.3, "drop": "important", "sampling": "exact", "importance_lr": 0.3}),
         ({"lr": 0.1, "momentum": 0.9}, {"drop_rate": 0.3, "importance": "uniform", "foreach": True}),
@@ -117,13 +106,42 @@ def detached(output: Any) -> Any:
     ids=str,
 )
 def test_plain(sgd, ours):
+    check_plain(Face(torch.optim.SGD, ImpactSGD), sgd, ours)
+
+
+@every_face
+@pytest.mark.parametrize("ours", [{"drop_rate": 0.2}, {"drop_rate": 0.5, "importance_lr": 0.3}], ids=str)
+def test_plain_with_every_face(face, ours):
+    check_plain(face, {}, ours)
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
+        (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True, "foreach": True}),
+        (torch.optim.AdamW, {"lr": 0.01, "fused": True}),
+        (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
+        (torch.optim.NAdam, {"lr": 0.01}),
+        (torch.optim.Adagrad, {"lr": 0.1}),
+        (torch.optim.Adadelta, {"lr": 1.0}),
+        (torch.optim.Rprop, {"lr": 0.01}),
+        (torch.optim.ASGD, {"lr": 0.1}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
+)
+def test_plain_with_other_bases(base, options):
+    check_plain(Face(base), options, {"drop_rate": 0.2})
+
+
+def check_plain(face: Face, options: dict[str, Any], ours: dict[str, Any]) -> None:
     model = mlp()
-    optimizer = ImpactSGD(model, **sgd, **ours)
-    by_hand = ByHand(model, **sgd)
+    impact, optimizer = face(model, **options, **ours)
+    by_hand = ByHand(model, face.plain, **options)
     test_input = torch.randn(5, 6)
     previous = None
     for x, y in batches(8):
-        by = factors(model, optimizer)
+        by = factors(model, impact)
         assert previous is None or not torch.equal(by["0.weight"], previous["0.weight"])
         previous = by
 
@@ -143,13 +161,14 @@ def test_plain(sgd, ours):
         model.train()
 
 
-def test_masked_scope_instead_of_attaching():
+@every_face
+def test_masked_scope_instead_of_attaching(face):
     model = mlp()
-    optimizer = ImpactSGD(model.parameters(), lr=0.1, momentum=0.9, drop_rate=0.3)
-    by_hand = ByHand(model, lr=0.1, momentum=0.9)
+    impact, optimizer = face(model.parameters(), drop_rate=0.3)
+    by_hand = ByHand(model, face.plain)
     for x, y in batches(4):
-        by = factors(model, optimizer)
-        with optimizer.masked():
+        by = factors(model, impact)
+        with impact.masked():
             F.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -158,12 +177,13 @@ def test_masked_scope_instead_of_attaching():
         by_hand.assert_equals(model)
 
 
-def test_closure():
+@every_face
+def test_closure(face):
     model = mlp()
-    optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, drop_rate=0.3)
-    by_hand = ByHand(model, lr=0.1, momentum=0.9)
+    impact, optimizer = face(model, drop_rate=0.3)
+    by_hand = ByHand(model, face.plain)
     for x, y in batches(4):
-        by = factors(model, optimizer)
+        by = factors(model, impact)
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
             optimizer.zero_grad()
@@ -185,7 +205,7 @@ def test_lookahead_sees_the_same_batch_under_the_same_masks_again():
     optimizer = ImpactSGD(
         model, lr=0.1, momentum=0.9, drop_rate=0.3, importance="lookahead", importance_lr=0.5, kl_weight=1.0
     )
-    by_hand = ByHand(model, lr=0.1, momentum=0.9)
+    by_hand = ByHand(model, torch.optim.SGD, lr=0.1, momentum=0.9)
     for step, (x, y) in enumerate(batches(2)):
         by = factors(model, optimizer)
         losses = []
@@ -208,7 +228,7 @@ def test_lookahead_sees_the_same_batch_under_the_same_masks_again():
         assert len(losses) == 2
 
         h = [
-            -0.1 * by_hand.sgd.state[by_hand.weights[name]]["momentum_buffer"] * again[name].grad
+            -0.1 * by_hand.base.state[by_hand.weights[name]]["momentum_buffer"] * again[name].grad
             for name, p in model.named_parameters()
             if p.dim() == 2
         ]
@@ -223,18 +243,19 @@ def test_lookahead_sees_the_same_batch_under_the_same_masks_again():
             torch.testing.assert_close(actual, t - normalizer, rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_accumulation_is_the_full_batch_under_one_mask():
+@every_face
+def test_gradient_accumulation_is_the_full_batch_under_one_mask(face):
     model = mlp()
-    optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, weight_decay=0.01, drop_rate=0.3)
-    by_hand = ByHand(model, lr=0.1, momentum=0.9, weight_decay=0.01)
+    impact, optimizer = face(model, weight_decay=0.01, drop_rate=0.3)
+    by_hand = ByHand(model, face.plain, weight_decay=0.01)
     for x, y in batches(4, size=16):
-        by = factors(model, optimizer)
+        by = factors(model, impact)
         for part, target in zip(x.chunk(4), y.chunk(4), strict=True):
             (F.cross_entropy(model(part), target) / 4).backward()
-            assert_same(factors(model, optimizer), by)
+            assert_same(factors(model, impact), by)
         optimizer.step()
         optimizer.zero_grad()
-        assert not torch.equal(factors(model, optimizer)["2.weight"], by["2.weight"])
+        assert not torch.equal(factors(model, impact)["2.weight"], by["2.weight"])
 
         F.cross_entropy(by_hand(by, x), y).backward()
         by_hand.step()
@@ -255,13 +276,14 @@ def test_two_backwards_through_one_graph_add_up():
         torch.testing.assert_close(p.grad, weights[name].grad)
 
 
-def test_clip_grad_norm():
+@every_face
+def test_clip_grad_norm(face):
     """It sees the dense gradient, as it does with every other optimizer."""
     model = mlp()
-    optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, drop_rate=0.3)
-    by_hand = ByHand(model, lr=0.1, momentum=0.9)
+    impact, optimizer = face(model, drop_rate=0.3)
+    by_hand = ByHand(model, face.plain)
     for x, y in batches(4):
-        by, weights = factors(model, optimizer), masked_weights(model, optimizer)
+        by, weights = factors(model, impact), masked_weights(model, impact)
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         norm = clip_grad_norm_(model.parameters(), 0.1)
@@ -278,16 +300,17 @@ def test_clip_grad_norm():
         by_hand.assert_equals(model)
 
 
-def test_amp_with_a_skipped_step():
+@every_face
+def test_amp_with_a_skipped_step(face):
     model = mlp()
-    optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, drop_rate=0.3)
-    by_hand = ByHand(model, lr=0.1, momentum=0.9)
+    impact, optimizer = face(model, drop_rate=0.3)
+    by_hand = ByHand(model, face.plain)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for i, (x, y) in enumerate(batches(6)):
         skipped = i in (0, 3)
-        by, before = factors(model, optimizer), clones(model)
-        steps = optimizer.param_groups[0]["step"]
-        importances = optimizer.importance(model[0].weight)
+        by, before = factors(model, impact), clones(model)
+        steps = optimizer.param_groups[0]["mask_step"]
+        importances = impact.importance(model[0].weight)
 
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
@@ -298,16 +321,16 @@ def test_amp_with_a_skipped_step():
         with torch.autocast("cpu", torch.bfloat16):
             expected = F.cross_entropy(by_hand(by, x), y)
         torch.testing.assert_close(loss, expected)
-        assert optimizer.param_groups[0]["step"] == steps + (not skipped)
+        assert optimizer.param_groups[0]["mask_step"] == steps + (not skipped)
         if skipped:
             assert_same(clones(model), before)
-            assert_same(factors(model, optimizer), by)
-            assert torch.equal(optimizer.importance(model[0].weight), importances)
+            assert_same(factors(model, impact), by)
+            assert torch.equal(impact.importance(model[0].weight), importances)
         else:
             expected.backward()
             by_hand.step()
             by_hand.assert_equals(model)
-            assert not torch.equal(factors(model, optimizer)["0.weight"], by["0.weight"])
+            assert not torch.equal(factors(model, impact)["0.weight"], by["0.weight"])
     assert scaler.get_scale() == 256.0
 
 
@@ -345,21 +368,24 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "ChainedScheduler": lambda opt: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ConstantLR(opt, 0.1, total_iters=3), lr_scheduler.ExponentialLR(opt, 0.8)]
     ),
-    "SWALR": lambda opt: SWALR(opt, swa_lr=0.01, anneal_epochs=5),
+    "SWALR": lambda opt: SWALR(opt, swa_lr=0.003, anneal_epochs=5),
 }
 
 
+@every_face
 @pytest.mark.parametrize("constructor", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_schedulers(constructor):
-    """They set what they set for SGD, nothing else, and go on from a checkpoint."""
+def test_schedulers(constructor, face):
+    """They set what they set for the base, nothing else, and go on from a checkpoint."""
     data = batches(12)
-    sgd_options = {"lr": 0.1, "momentum": 0.9}
+
+    def rate(optimizer: torch.optim.Optimizer) -> list[Any]:
+        return [optimizer.param_groups[0].get(name) for name in ("lr", "momentum", "betas")]
 
     def advance(scheduler: Any, step: int) -> None:
         is_plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
         scheduler.step(*([float(step // 5)] if is_plateau else []))
 
-    def train(model: nn.Module, optimizer: ImpactSGD, scheduler: Any, steps: range) -> list[tuple[float, float]]:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, steps: range) -> list[Any]:
         rates = []
         for step in steps:
             x, y = data[step]
@@ -369,28 +395,28 @@ def test_schedulers(constructor):
             group = optimizer.param_groups[0]
             before = dict(group)
             advance(scheduler, step)
-            assert {name for name in group if group[name] != before[name]} <= {"lr", "momentum"}
-            rates.append((group["lr"], group["momentum"]))
+            assert {name for name in group if group[name] != before[name]} <= {"lr", "momentum", "betas"}
+            rates.append(rate(optimizer))
         return rates
 
-    plain = torch.optim.SGD(mlp().parameters(), **sgd_options)
+    plain = face.plain(mlp())
     plain_scheduler = constructor(plain)
     expected = []
     for step in range(12):
         plain.step()
         advance(plain_scheduler, step)
-        expected.append((plain.param_groups[0]["lr"], plain.param_groups[0]["momentum"]))
-    assert len(set(expected)) > 1
+        expected.append(rate(plain))
+    assert len(set(map(str, expected))) > 1
 
     model = mlp()
-    optimizer = ImpactSGD(model, drop_rate=0.2, **sgd_options)
+    _impact, optimizer = face(model, drop_rate=0.2)
     scheduler = constructor(optimizer)
     assert train(model, optimizer, scheduler, range(6)) == expected[:6]
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
     assert train(model, optimizer, scheduler, range(6, 12)) == expected[6:]
 
     resumed = mlp()
-    resumed_optimizer = ImpactSGD(resumed, drop_rate=0.2, **sgd_options)
+    _resumed_impact, resumed_optimizer = face(resumed, drop_rate=0.2)
     resumed_scheduler = constructor(resumed_optimizer)
     for target, state_dict in zip((resumed, resumed_optimizer, resumed_scheduler), saved, strict=True):
         target.load_state_dict(state_dict)
@@ -417,10 +443,40 @@ def test_drop_rate_is_met_at_every_step(importance_lr, kl_weight, ramp):
         optimizer.step()
 
 
+@every_face
+def test_sharpness_aware_minimization(face):
+    """The second pass, at the weights moved up the dense gradient, is under the masks of the first."""
+    model = mlp()
+    impact, optimizer = face(model, drop_rate=0.3)
+    by_hand = ByHand(model, face.plain)
+    for x, y in batches(4):
+        by = factors(model, impact)
+        F.cross_entropy(model(x), y).backward()
+        up = {name: 0.05 * p.grad for name, p in model.named_parameters()}
+        for sign in (1, -1):
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.add_(sign * up[name])
+            if sign == 1:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        moved = {name: (w.detach() + up[name]).requires_grad_() for name, w in by_hand.weights.items()}
+        masked = {name: w * by[name] for name, w in moved.items()}
+        F.cross_entropy(functional_call(by_hand.module, masked, (x,)), y).backward()
+        for name, w in by_hand.weights.items():
+            w.grad = moved[name].grad
+        by_hand.step()
+        by_hand.assert_equals(model, rtol=1e-4, atol=1e-5)
+
+
+@every_face
 @pytest.mark.parametrize("average", ["swa", "ema"])
-def test_averaged_model_averages_dense_weights_and_is_not_masked(average):
+def test_averaged_model_averages_dense_weights_and_is_not_masked(average, face):
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
-    optimizer = ImpactSGD(model, lr=0.1, momentum=0.9, drop_rate=0.3)
+    _impact, optimizer = face(model, drop_rate=0.3)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9) if average == "ema" else None)
     expected: dict[str, Tensor] = {}
     data = batches(6)
@@ -444,9 +500,10 @@ def test_averaged_model_averages_dense_weights_and_is_not_masked(average):
     assert torch.equal(averaged(data[0][0]), plain(data[0][0]))
 
 
-def test_update_bn_of_the_attached_model_gathers_dense_statistics():
+@every_face
+def test_update_bn_of_the_attached_model_gathers_dense_statistics(face):
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3))
-    optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.5)
+    _impact, optimizer = face(model, drop_rate=0.5)
     data = batches(4)
     for x, y in data:
         F.cross_entropy(model(x), y).backward()
@@ -764,6 +821,107 @@ def test_freezing_and_unfreezing_on_the_way():
         assert not torch.equal(model[frozen].weight, before["weight"])
 
 
+# ------------------------------------------------------------------------------------------ networks
+
+
+def resnet() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.resnet18(num_classes=4), (torch.randn(4, 3, 32, 32),)
+
+
+def vit() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=4)
+    nn.init.normal_(model.heads.head.weight, std=0.1)  # begins at zero
+    return model, (torch.randn(4, 3, 16, 16),)
+
+
+def gpt() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=13, n_positions=8, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    return transformers.GPT2LMHeadModel(config), (torch.randint(13, (4, 8)),)
+
+
+def logits(model: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    output = model(*args)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.autograd.graph.save_on_cpu,
+        torch.autograd.detect_anomaly,
+        torch.autograd.profiler.profile,
+        lambda: FlopCounterMode(display=False),
+    ],
+    ids=["save_on_cpu", "detect_anomaly", "profile", "FlopCounterMode"],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_tools_around_a_step_change_nothing(context):
+    x, y = batches(1)[0]
+    found = []
+    for tool in (nullcontext, context):
+        torch.manual_seed(1)
+        model = mlp()
+        optimizer = ImpactSGD(model, lr=0.1, drop_rate=0.3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with tool():
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        found.append(clones(model))
+    assert_same(found[1], found[0])
+
+
+@every_face
+@pytest.mark.parametrize("network", [resnet, vit, gpt])
+def test_a_network_trains_in_a_loop_with_one_line_swapped(network, face):
+    """Masked in training, wherever its layers read their weights; dense in evaluation; and the loss falls."""
+    torch.manual_seed(0)
+    model, args = network()
+    target = args[0] if network is gpt else torch.arange(4)
+    impact, optimizer = face(model, drop_rate=0.1, lr=0.02 if face is FACES[0] else 1e-3)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(logits(model, args).flatten(0, -2), target.flatten())
+
+    losses = []
+    steps = 3 if network is resnet else 8
+    for step in range(steps):
+        before = clones(model)
+        with torch.no_grad(), impact.masked():
+            masked = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        model.train()
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        if step == steps - 1:
+            plain = copy.deepcopy(model)
+            expected = functional_call(plain, masked, args)
+            expected = F.cross_entropy(
+                (expected if isinstance(expected, Tensor) else expected.logits).flatten(0, -2), target.flatten()
+            )
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+            expected.backward()
+            for name, p in model.named_parameters():
+                torch.testing.assert_close(p.grad, masked[name].grad, rtol=1e-3, atol=1e-4)
+            assert not torch.isclose(value, F.cross_entropy(logits(plain, args).flatten(0, -2), target.flatten()))
+        assert_same(clones(model), before)
+        optimizer.step()
+        losses.append(value.item())
+
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, args), logits(copy.deepcopy(model), args), rtol=0, atol=0)
+    assert losses[-1] < losses[0]
+    untouched = {name for name, p in model.named_parameters() if torch.equal(masked[name], before[name])}
+    assert all(p.dim() < 2 or sum(n > 1 for n in p.shape) < 2 for n, p in model.named_parameters() if n in untouched)
+    assert len(untouched) < len(before)
+
+
 # ------------------------------------------------------------------------------------------ functional, export
 
 
@@ -854,7 +1012,7 @@ def test_export_of_an_attached_model(strict):
     model.eval()
     exported = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(exported.module()(x), model(x))
-    assert_same({name: exported.state_dict[name] for name in model.state_dict()}, model.state_dict())
+    assert_same({name: exported.state_dict[name].detach() for name in model.state_dict()}, dict(model.state_dict()))
     # and the optimizer goes on
     model.train()
     masked = model(x)
@@ -897,14 +1055,14 @@ class Checkpointed(nn.Module):
         return self.head(x)
 
 
+@every_face
 @pytest.mark.parametrize("how", ["block", "function of layers", "function of a weight"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("per_rank_masks", [False, True])
-def test_activation_checkpointing_has_the_gradients_of_the_plain_pass(how, use_reentrant, per_rank_masks):
+def test_activation_checkpointing_has_the_gradients_of_the_plain_pass(how, use_reentrant, face):
     plain, checkpointed = Checkpointed(how, None), Checkpointed(how, use_reentrant)
     checkpointed.load_state_dict(plain.state_dict())
-    options = {"lr": 0.1, "momentum": 0.9, "drop_rate": 0.3, "per_rank_masks": per_rank_masks}
-    optimizers = [ImpactSGD(model, **options) for model in (plain, checkpointed)]
+    engines = [face(model, drop_rate=0.3) for model in (plain, checkpointed)]
+    optimizers = [optimizer for _, optimizer in engines]
     for x, y in batches(3):
         losses = []
         for model, optimizer in zip((plain, checkpointed), optimizers, strict=True):
@@ -931,37 +1089,41 @@ def counter() -> Iterator[CompileCounterWithBackend]:
     torch._dynamo.reset()
 
 
-def compiled(way: str, model: nn.Module, backend: Any, **options: Any) -> tuple[nn.Module, ImpactSGD]:
-    """What the loop calls, and its optimizer."""
+def compiled(
+    way: str, model: nn.Module, backend: Any, make: Callable[..., tuple[Any, Any]], **options: Any
+) -> tuple[nn.Module, tuple[Any, Any]]:
+    """What the loop calls; the engine and the optimizer."""
     if way == "wrapper":
         called = torch.compile(model, backend=backend, fullgraph=True)
-        return called, ImpactSGD(called, **options)
+        return called, make(called, **options)
     if way == "wrapped afterwards":
-        optimizer = ImpactSGD(model, **options)
-        return torch.compile(model, backend=backend), optimizer
+        made = make(model, **options)
+        return torch.compile(model, backend=backend), made
     if way == "in place":
         model.compile(backend=backend)
-        return model, ImpactSGD(model, **options)
+        return model, make(model, **options)
     if way == "in place afterwards":
-        optimizer = ImpactSGD(model, **options)
+        made = make(model, **options)
         model.compile(backend=backend)
-        return model, optimizer
+        return model, made
     assert way == "by block"
     for block in model.children():
         block.compile(backend=backend, fullgraph=True)
-    return model, ImpactSGD(model, **options)
+    return model, make(model, **options)
 
 
 WAYS = pytest.mark.parametrize("way", ["wrapper", "wrapped afterwards", "in place", "in place afterwards", "by block"])
 
 
-def check_compiled(way: str, build: Callable[[], nn.Module], inputs: list[tuple], backend: Any) -> list[int]:
+def check_compiled(
+    way: str, build: Callable[[], nn.Module], inputs: list[tuple], backend: Any, face: Face = FACES[0]
+) -> list[int]:
     """Trains a compiled model beside an eager one and returns the number of compilations after each step."""
     model = build()
     eager = copy.deepcopy(model)
-    options = {"lr": 0.05, "momentum": 0.9, "drop_rate": 0.3, "seed": 5}
-    called, optimizer = compiled(way, model, backend, **options)
-    eager_optimizer = ImpactSGD(eager, **options)
+    options = {"drop_rate": 0.3, "seed": 5}
+    called, (_impact, optimizer) = compiled(way, model, backend, face, **options)
+    _eager_impact, eager_optimizer = face(eager, **options)
     compilations = []
     for args in inputs:
         dense = numbers(copy.deepcopy(eager)(*args))
@@ -985,16 +1147,27 @@ def check_compiled(way: str, build: Callable[[], nn.Module], inputs: list[tuple]
     return compilations
 
 
-@WAYS
-def test_compiled_model_is_masked_in_training_and_dense_in_evaluation(way, counter):
-    compilations = check_compiled(way, mlp, [(x,) for x, _ in batches(6)], counter)
+@pytest.mark.parametrize(
+    ("way", "face"),
+    [*((way, FACES[0]) for way in WAYS.args[1]), ("wrapper", FACES[1]), ("in place", FACES[2])],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_compiled_model_is_masked_in_training_and_dense_in_evaluation(way, face, counter):
+    compilations = check_compiled(way, mlp, [(x,) for x, _ in batches(6)], counter, face)
     assert compilations[0] > 0
     assert compilations[1:] == [compilations[1]] * 5, "compiles again at later steps"
 
 
-@WAYS
+FAST = {("wrapper", "transformer layer"), ("by block", "tied embedding"), ("wrapped afterwards", "bare parameter")}
+
+
 @pytest.mark.parametrize(
-    "architecture", ["conv channels_last", "tied embedding", "transformer layer", "bare parameter"]
+    ("way", "architecture"),
+    [
+        pytest.param(way, architecture, marks=[] if (way, architecture) in FAST else pytest.mark.slow)
+        for way in WAYS.args[1]
+        for architecture in ("conv channels_last", "tied embedding", "transformer layer", "bare parameter")
+    ],
 )
 def test_compiled_architectures(way, architecture, counter):
     build, inputs = ARCHITECTURES[architecture]
@@ -1009,11 +1182,13 @@ def test_compiled_by_inductor(way):
     check_compiled(way, mlp, [(x,) for x, _ in batches(4)], "inductor")
 
 
-@WAYS
+@pytest.mark.parametrize(
+    "way", [way if way == "wrapper" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS.args[1]]
+)
 def test_compiled_model_under_a_drop_rate_that_decays_to_zero(way, counter):
     model = mlp()
     eager = copy.deepcopy(model)
-    called, optimizer = compiled(way, model, counter, lr=0.1, drop_rate=0.4)
+    called, (_, optimizer) = compiled(way, model, counter, Face(torch.optim.SGD, ImpactSGD), lr=0.1, drop_rate=0.4)
     eager_optimizer = ImpactSGD(eager, lr=0.1, drop_rate=0.4)
     counts = []
     for step, (x, y) in enumerate(batches(8)):
@@ -1039,7 +1214,7 @@ def test_gan_with_two_optimizers():
     options = {"lr": 0.05, "momentum": 0.5}
     optimizer_g = ImpactSGD(generator, **options, drop_rate=0.2, seed=1)
     optimizer_c = ImpactSGD(critic, **options, drop_rate=0.3, seed=2)
-    hand_g, hand_c = ByHand(generator, **options), ByHand(critic, **options)
+    hand_g, hand_c = ByHand(generator, torch.optim.SGD, **options), ByHand(critic, torch.optim.SGD, **options)
 
     for _ in range(4):
         z, real = torch.randn(8, 4), torch.randn(8, 6)
@@ -1065,7 +1240,7 @@ def test_gan_with_two_optimizers():
 
         (-hand_c(by_c, hand_g(by_g, z)).mean()).backward()
         hand_g.step()
-        hand_c.sgd.zero_grad()
+        hand_c.base.zero_grad()
         hand_g.assert_equals(generator)
 
 
@@ -1074,9 +1249,9 @@ def test_another_optimizer_for_the_rest_of_the_model():
     optimizer = ImpactSGD(list(model[:3].parameters()), lr=0.1, drop_rate=0.3)
     optimizer.attach(model)
     adam = torch.optim.AdamW(model[4].parameters(), lr=0.01)
-    by_hand = ByHand(model, lr=0.1)
+    by_hand = ByHand(model, torch.optim.SGD, lr=0.1)
     hand_adam = torch.optim.AdamW([by_hand.weights["4.weight"], by_hand.weights["4.bias"]], lr=0.01)
-    by_hand.sgd = torch.optim.SGD([w for name, w in by_hand.weights.items() if name[0] != "4"], lr=0.1)
+    by_hand.base = torch.optim.SGD([w for name, w in by_hand.weights.items() if name[0] != "4"], lr=0.1)
     for x, y in batches(4):
         by = factors(model, optimizer)
         assert torch.equal(by["4.weight"], torch.ones(3, 16))
@@ -1085,7 +1260,7 @@ def test_another_optimizer_for_the_rest_of_the_model():
             which.step()
             which.zero_grad()
         F.cross_entropy(by_hand(by, x), y).backward()
-        for which in (by_hand.sgd, hand_adam):
+        for which in (by_hand.base, hand_adam):
             which.step()
             which.zero_grad()
         by_hand.assert_equals(model)
@@ -1106,7 +1281,7 @@ def test_optimizer_steps_inside_the_backward_pass():
 
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(step)
-    by_hand = ByHand(model, lr=0.1, momentum=0.9)
+    by_hand = ByHand(model, torch.optim.SGD, lr=0.1, momentum=0.9)
     for x, y in batches(4):
         by = {name: factors(model, optimizers[p])[name] for name, p in model.named_parameters()}
         assert sum((f == 0).any().item() for f in by.values()) == 3

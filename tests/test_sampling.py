@@ -1,5 +1,6 @@
 """The mask stream: the generator against its published vectors, and the draws against what they promise."""
 
+import itertools
 import math
 
 import pytest
@@ -7,10 +8,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from impact_optim.sampling import ROW, bit_blocks, kept_bits, pareto_sample, philox4x32, row_bits, uniform
-from impact_optim.simplex import keep_probability, water_level
+from impact_optim.layout import BLOCK
+from impact_optim.sampling import (
+    ROW,
+    SAMPLED,
+    TRAINING,
+    as_uniform,
+    bits,
+    kept_bits,
+    pareto_sample,
+    philox4x32,
+    row_bits,
+)
+from impact_optim.simplex import fill_level, keep_probability
 
-PLACE = {"seed": 1, "step": 2, "tensor": 3}
+PLACE = {"seed": 1, "step": 2, "group": 3}
+
+
+def uniform(n, **place):
+    """The first uniforms of a group's stream."""
+    return as_uniform(bits(range(-(-n // ROW)), **place)[:n])
 
 
 # Known-answer vectors of the Random123 library: rounds, counter, key, result.
@@ -41,14 +58,14 @@ def chi_square(values, bins):
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_draws_are_uniform(seed):
-    u = uniform(1_000_003, seed=seed, step=0, tensor=0)
+    u = uniform(1_000_003, seed=seed, step=0, group=0)
     assert abs(chi_square(u, 256)) < 5
     assert abs(chi_square(u.mul(256).frac(), 256)) < 5  # the next eight bits
     assert u.min() > 0
     assert u.max() < 1
 
 
-@pytest.mark.parametrize("change", ["element", "step", "tensor", "seed", "rank"])
+@pytest.mark.parametrize("change", ["element", "step", "group", "seed", "stream"])
 def test_draws_are_independent(change):
     """Pairs of draws that differ in one coordinate of the stream fill the unit square evenly."""
     n = 400_000
@@ -56,7 +73,7 @@ def test_draws_are_independent(change):
     if change == "element":
         pairs = (a[:-1], a[1:])
     else:
-        place = {**PLACE, "rank": 0}
+        place = {**PLACE, "stream": TRAINING}
         pairs = (a[:-1], uniform(n, **{**place, change: place[change] + 1}))
     cells = (pairs[0] * 32).floor() * 32 + (pairs[1] * 32).floor()
     assert abs(chi_square((cells + 0.5) / 1024, 1024)) < 5
@@ -66,7 +83,7 @@ def test_draws_are_independent(change):
 @pytest.mark.parametrize("step", [0, 1])
 def test_rows_are_independent(step):
     """Rows share nothing but their generator: neither the same places of two rows nor those next to each other."""
-    u = uniform(64 * ROW, seed=0, step=step, tensor=0).view(64, ROW)
+    u = uniform(64 * ROW, seed=0, step=step, group=0).view(64, ROW)
     for rows in (u, u.roll(1, dims=1), u[:, torch.arange(ROW) ^ 1]):
         correlation = torch.corrcoef(torch.cat([u, rows]))[:64, 64:] - (rows is u) * torch.eye(64)
         assert correlation.abs().max().item() < 5.5 / math.sqrt(ROW)
@@ -77,35 +94,43 @@ def test_what_decides_changes_with_every_bit_of_position_and_keys():
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(-(2**31), 2**31, (4000, 3), generator=generator).to(torch.int32)
     position = torch.randint(0, ROW, (4000, 1), generator=generator, dtype=torch.int32)
-    bits = row_bits(keys.unsqueeze(1), position)
+    words = row_bits(keys.unsqueeze(1), position)
     for bit in range(32):
         flip = torch.tensor(1 << bit).to(torch.int32)
         changed = [row_bits((keys ^ torch.stack([flip, flip * 0, flip * 0])).unsqueeze(1), position)]
         if bit < 12:
             changed.append(row_bits(keys.unsqueeze(1), position ^ flip))
         for other in changed:
-            flipped = torch.stack([((bits ^ other) >> i & 1).float().mean() for i in range(16, 32)])
+            flipped = torch.stack([((words ^ other) >> i & 1).float().mean() for i in range(16, 32)])
             assert (flipped - 0.5).abs().max() < 0.06
 
 
 def test_steps_far_apart_and_large_seeds_have_their_own_draws():
-    draws = [uniform(64, seed=s, step=t, tensor=0) for s in (0, 1 << 32, (1 << 32) + 1) for t in (0, 1, 2**31)]
+    draws = [uniform(64, seed=s, step=t, group=0) for s in (0, 1 << 32, (1 << 32) + 1) for t in (0, 1, 2**31)]
     assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
 
 
+def test_masks_of_training_and_sampled_ones_have_streams_of_their_own():
+    assert TRAINING != SAMPLED
+    assert not torch.equal(bits(range(1), **PLACE, stream=TRAINING), bits(range(1), **PLACE, stream=SAMPLED))
+
+
 @settings(deadline=None, max_examples=30)
-@given(n=st.integers(0, 300))
-def test_any_length(n):
-    u = uniform(n, **PLACE)
-    assert u.shape == (n,)
-    assert u.dtype == torch.float64
-    assert torch.equal(u, uniform(5000, **PLACE)[:n])
+@given(start=st.integers(0, 2**40), cuts=st.lists(st.integers(0, 6), min_size=1, max_size=4))
+def test_rows_are_the_same_however_they_are_asked_for(start, cuts):
+    ends = [start]
+    for cut in cuts:
+        ends.append(ends[-1] + cut)
+    words = bits(range(start, ends[-1]), **PLACE)
+    assert words.shape == ((ends[-1] - start) * ROW,)
+    assert words.dtype == torch.int32
+    parts = [bits(range(a, b), **PLACE) for a, b in itertools.pairwise(ends)]
+    assert torch.equal(torch.cat(parts), words)
+    assert as_uniform(words).dtype == torch.float64
 
 
-def test_blocks_do_not_show(monkeypatch):
-    expected = uniform(3 * ROW + 5, **PLACE)
-    monkeypatch.setattr("impact_optim.sampling.BLOCK", ROW)
-    assert torch.equal(uniform(3 * ROW + 5, **PLACE), expected)
+def test_blocks_hold_whole_rows():
+    assert BLOCK % ROW == 0  # otherwise a mask would depend on the size of a block
 
 
 @pytest.mark.cuda
@@ -114,19 +139,26 @@ def test_every_device_draws_the_same_bits():
 
 
 def test_a_mask_keeps_what_its_probability_says_at_both_ends():
-    bits = torch.cat(list(bit_blocks(100_000, **PLACE)))
-    assert (kept_bits(bits, torch.ones(100_000)) == -1).all()
-    assert (kept_bits(bits, torch.zeros(100_000)) == 0).all()
-    kept = -kept_bits(bits, torch.full((100_000,), 0.3)).double().mean().item()
-    assert kept == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 100_000))
+    words = bits(range(25), **PLACE)
+    assert (kept_bits(words, torch.ones(len(words))) == -1).all()
+    assert (kept_bits(words, torch.zeros(len(words))) == 0).all()
+    kept = -kept_bits(words, torch.full((len(words),), 0.3)).double().mean().item()
+    assert kept == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / len(words)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(p=st.one_of(st.floats(0, 1, width=32), st.sampled_from([1e-6, 1 - 1e-6, 0.5])), seed=st.integers(0, 2**63 - 1))
+def test_a_weight_is_kept_where_its_uniform_is_below_its_probability(p, seed):
+    words = bits(range(4), seed=seed, step=0, group=0)
+    kept = kept_bits(words, torch.full((len(words),), p)) != 0
+    u = as_uniform(words)
+    assert torch.equal(kept, u < p) or (u[kept != (u < p)] - p).abs().max() < 1e-7  # 31 bits decide
 
 
 def test_bernoulli_masks_have_their_inclusion_probabilities():
     keep = torch.linspace(0, 1, 41)
-    counts = torch.zeros(41)
     trials = 4000
-    for step in range(trials):
-        counts += uniform(41, seed=5, step=step, tensor=0) < keep
+    counts = (uniform(41 * trials, seed=5, step=0, group=0).view(trials, 41) < keep).sum(0)
     error = (counts / trials - keep) / (keep * (1 - keep) / trials).sqrt().clamp_min(1e-9)
     assert counts[0] == 0
     assert counts[-1] == trials
@@ -136,11 +168,11 @@ def test_bernoulli_masks_have_their_inclusion_probabilities():
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_exact_masks_have_their_size_and_inclusion_probabilities(spread):
     n, size, trials = 60, 42, 6000
-    log_w = spread * torch.randn(n, generator=torch.Generator().manual_seed(0))
-    keep = keep_probability(log_w, water_level([log_w], size / n), drop_rate=1 - size / n)
+    w = (spread * torch.randn(n, generator=torch.Generator().manual_seed(0))).exp()
+    keep = keep_probability(w * fill_level([w], size / n).float())
     counts = torch.zeros(n)
-    for step in range(trials):
-        mask = pareto_sample(keep, uniform(n, seed=0, step=step, tensor=0), size)
+    for u in uniform(n * trials, seed=0, step=0, group=0).view(trials, n):
+        mask = pareto_sample(keep, u, size)
         assert mask.sum() == size
         counts += mask
     certain = keep >= 1
@@ -155,8 +187,7 @@ def test_gumbel_top_k_would_have_other_inclusion_probabilities():
     keep = torch.tensor([0.95] * 10 + [0.25] * 10)
     trials, size = 4000, 12
     counts = torch.zeros(20)
-    for step in range(trials):
-        u = uniform(20, seed=0, step=step, tensor=0)
+    for u in uniform(20 * trials, seed=0, step=0, group=0).view(trials, 20):
         gumbel = keep.log() - torch.log(-torch.log(u))
         counts[gumbel.topk(size).indices] += 1
     assert (counts / trials - keep).abs().max() > 0.1

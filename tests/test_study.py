@@ -58,7 +58,7 @@ def test_the_control_has_the_signals_values_on_other_weights():
     from impact_optim.signals import fisher
 
     grad = torch.randn(4, 6)
-    h, control = fisher(grad, grad, None, 0.1), shuffled_fisher(grad, grad, None, 0.1)
+    h, control = fisher(grad, grad, None), shuffled_fisher(grad, grad, None)
     assert torch.equal(control.flatten().sort().values, h.flatten().sort().values)
     assert not torch.equal(control, h)
 

@@ -80,19 +80,18 @@ def erk_densities(weights: list[Tensor], density: float) -> list[float]:
         full |= over
 
 
-def shuffled_fisher(weight: Tensor, grad: Tensor, direction: Tensor | None, lr: float | Tensor) -> Tensor:
-    """The Fisher signal, handed to other weights of the tensor, always the same ones: what is left is its distribution.
-
-    The order is reversed within the part of the tensor that the step has at hand, which is the same in every step.
-    """
+def shuffled_fisher(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
+    """The Fisher signal, handed to other weights of the tensor, always the same ones: what is left is its
+    distribution."""
     return -grad.square().reshape(-1).flip(0).view_as(grad)
 
 
 class GradualLAMP(ImpactSGD):
     """Takes the sizes of weights by their layers, so that magnitude pruning over all layers empties none of them."""
 
-    def _scores(self, members: list[Tensor], *_: Any) -> list[Tensor]:
-        return [lamp(p.detach()) for p in members]
+    def _scores(self, by: str, params: list[Tensor] | None) -> dict[Tensor, Tensor]:
+        sizes = super()._scores(by, params)  # -inf for what is pruned already
+        return {p: lamp(p.detach()).float().masked_fill(size == -math.inf, -math.inf) for p, size in sizes.items()}
 
 
 def lamp(weight: Tensor) -> Tensor:

@@ -138,10 +138,6 @@ IMPORTANT = [
     for rate in (0.05, 0.1, 0.3)
     for which in ("unimportant", "important")
 ]
-SCALED = [
-    Arm(f"scaled by {signal}", "scaled-steps", {"importance": signal, "kl_weight": lam})
-    for signal, lam in (("hypergradient", 1.0), ("fisher", 1.0), ("saliency", 1.0))
-]
 DETAILS = [
     Arm("as is", "saliency", drop_rates=(0.3,)),
     Arm("per tensor", "saliency", {"simplex": "tensor"}, drop_rates=(0.3,)),
@@ -215,6 +211,5 @@ QUESTIONS = [
     *(Question(f"sparse-{s}", sparse(s), (MNIST1D_MLP.name, MNIST1D_CNN.name)) for s in (0.8, 0.95)),
     *(Question(f"equal-{rate}", at_rate(rate), (MNIST1D_MLP.name, DIGITS.name)) for rate in (0.1, 0.5)),
     Question("important", IMPORTANT, (MNIST1D_MLP.name, DIGITS.name)),
-    Question("scaled", SCALED, (MNIST1D_MLP.name, DIGITS.name)),
     Question("details", DETAILS, (MNIST1D_MLP.name, MNIST1D_CNN.name)),
 ]

@@ -193,18 +193,6 @@ def simple(question: str, reference: int = 0, versus: str | None = None) -> str:
     return compared(tasks_of(question), named(question), lambda task: base, final, versus or f"− {base.name}")
 
 
-def scaled() -> str:
-    sgd = arms_of("baselines")[0]
-    rows = [*named("baselines"), *named("scaled")]
-    return compared(tasks_of("baselines", "scaled"), rows, lambda task: sgd, final, "− SGD")
-
-
-def scaled_early() -> str:
-    sgd = arms_of("baselines")[0]
-    rows = [*named("baselines"), *named("scaled")]
-    return compared(tasks_of("baselines", "scaled"), rows, lambda task: sgd, early, "− SGD")
-
-
 def sparse_tasks() -> str:
     gradual = arms_of("sparse-0.9")[1]
     rows = [("dense SGD", arms_of("baselines")[0]), *named("sparse-0.9")]
@@ -273,8 +261,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "validation": validation,
     "gaps": gaps,
     "important": lambda: simple("important"),
-    "scaled": scaled,
-    "scaled-early": scaled_early,
     "details": lambda: simple("details"),
     "sparse-tasks": sparse_tasks,
     "sparse-levels": sparse_levels,
@@ -335,8 +321,6 @@ def draw() -> None:
         forest(f"study_{question}", tasks_of("baselines", question), rows, arms_of(question)[0], "uniform masks")
     rows = [*named("baselines"), *named("best")]
     forest("study_best", tasks_of("baselines", "best"), rows, strongest, "strongest baseline")
-    rows = [*named("baselines"), *named("scaled")][1:]
-    forest("study_scaled", tasks_of("baselines", "scaled"), rows, sgd, "SGD")
     l1 = arms_of("pruned")[2]
     rows = [row for row in pruned_rows() if row[1] != l1]
     forest("study_pruned", tasks_of("baselines", "best", "pruned"), rows, l1, "SGD cut by l1")

@@ -165,8 +165,6 @@ def run(settings: Settings) -> dict[str, Any]:
         common["drop_rate"] = settings["drop_rate"]
         options = arm_options([base], common, to_be_sparse=to_be_sparse)[base]
         options.update(settings["options"])
-        if "importance" in options:
-            options["fused"] = True  # the same masks, sooner
     results = InMemory()
     note = None
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ..impact_sgd import ImpactSGD
+from ..options import OPTIONS, is_number
 
 BASELINE, ADAMW, GRADUAL = "baseline", "adamw", "gradual-magnitude"
 
@@ -26,7 +26,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "fisher": {"importance": "fisher"},
     "magnitude": {"importance": "magnitude"},
     "drop-important": {"importance": "saliency", "drop": "important"},
-    "scaled-steps": {"importance": "hypergradient", "drop_rate": 0.0, "scale_steps": True},
     GRADUAL: {"importance": "uniform", "drop_rate": 0.0},
 }
 """Arms by name: the options of :class:`ImpactSGD` that make the arm what it is.
@@ -44,10 +43,9 @@ _TORCH_OPTIONS = {
     BASELINE: ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
     ADAMW: ("lr", "weight_decay"),
 }
-# What a command may set; the rest of ImpactSGD's options belong to the program or change nothing that it reports.
-_NOT_SETTABLE = ("self", "params", "seed", "per_rank_masks", "maximize", "differentiable", "fused")
-SETTABLE = tuple(name for name in inspect.signature(ImpactSGD.__init__).parameters if name not in _NOT_SETTABLE)
-"""Options that :func:`arm_options` accepts overrides of."""
+SETTABLE = (*_TORCH_OPTIONS[BASELINE], "foreach", "fused", *(o for o in OPTIONS if o != "seed"), "simplex")
+"""Options that :func:`arm_options` accepts overrides of. ``simplex`` is ``"group"``, one for all weights together, or
+``"tensor"``, which puts every parameter in a group of its own."""
 
 
 def arm_options(
@@ -96,13 +94,14 @@ def arm_options(
         if ADAMW in options:
             raise ValueError(f"arm {ADAMW} cannot be made sparse: leave it or the final sparsity out")
         for arm in arms:  # the ramp would drop what it then keeps
-            if options[arm].get("drop") == "important" or options[arm].get("scale_steps"):
-                raise ValueError(
-                    f"arm {arm} cannot be made sparse: it drops the important or scales steps; leave it out"
-                )
+            if options[arm].get("drop") == "important":
+                raise ValueError(f"arm {arm} cannot be made sparse: it drops the important; leave it out")
         if BASELINE in options:  # the same trajectory, of an optimizer that can
             options[BASELINE].update(ARMS[GRADUAL])
     for arm in arms:  # a wrong value shows now, not after the arms before it have trained
+        for name in ("lr", "momentum", "dampening", "weight_decay"):
+            if not is_number(value := options[arm].get(name, 0.0)):
+                raise ValueError(f"arm {arm}: Invalid {name}: {value!r}; it must be a number")
         try:
             build_optimizer(arm, nn.Linear(2, 2), options[arm], seed=0)
         except (ValueError, TypeError) as error:
@@ -120,7 +119,14 @@ def build_optimizer(arm: str, model: nn.Module, options: Mapping[str, Any], seed
         return torch.optim.SGD(model.parameters(), **options)
     if arm == ADAMW:
         return torch.optim.AdamW(model.parameters(), **options)
-    return ImpactSGD(model, **options, seed=seed)
+    options = dict(options)
+    if (simplex := options.pop("simplex", "group")) not in ("group", "tensor"):
+        raise ValueError(f"Invalid simplex: {simplex!r}; choose 'group' or 'tensor'")
+    if simplex == "group":
+        return ImpactSGD(model, **options, seed=seed)
+    optimizer = ImpactSGD([{"params": [p]} for p in model.parameters()], **options, seed=seed)
+    optimizer.attach(model)
+    return optimizer
 
 
 def _value(text: str) -> Any:

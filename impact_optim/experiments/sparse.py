@@ -78,9 +78,9 @@ class SparseFinish:
         self._sparsify(self._sparsity, by="magnitude")
 
     def _pruned_share(self) -> float:
-        weights = [p for group in self._optimizer.param_groups for p in group["params"] if p.dim() >= 2]
-        pruned = [state["pruned"] for p in weights if "pruned" in (state := self._optimizer.state.get(p, {}))]
-        return sum(int(mask.sum()) for mask in pruned) / sum(p.numel() for p in weights)
+        groups = [group for group in self._optimizer.param_groups if group["hold_zeros"]]
+        pruned = sum(int((p == 0).sum()) for group in groups for p in group["params"] if p.dim() >= 2)
+        return pruned / sum(row.numel for row in self._optimizer.importance_summary())
 
     def _sparsify(self, sparsity: float, by: str) -> None:
         try:

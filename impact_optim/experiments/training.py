@@ -245,9 +245,8 @@ def expected_drop(optimizer: Optimizer) -> float:
     """Expected share of dropped weights among those that can be dropped, measured from the keep probabilities."""
     if not isinstance(optimizer, ImpactSGD):
         return 0.0
-    weights = [p for group in optimizer.param_groups for p in group["params"] if p.dim() >= 2]
-    kept = sum(optimizer.keep_probability(p).double().sum().item() for p in weights)
-    return 1 - kept / sum(p.numel() for p in weights)
+    rows = optimizer.importance_summary()
+    return sum(row.drop_rate * row.numel for row in rows) / sum(row.numel for row in rows)
 
 
 def _expected(optimizer: Optimizer) -> AbstractContextManager[None]:

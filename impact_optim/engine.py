@@ -1,0 +1,422 @@
+"""What happens around the step of a base optimizer: groups, masks of a step, gradients, importances, zeros."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import Optimizer
+
+from . import checkpoint
+from .importances import Mask, Simplex, is_weight
+from .masking import Masking
+from .options import DEFAULTS, check
+from .signals import READS_STEP
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+@dataclass
+class _Step:
+    """What was found before the step of the base, for after it."""
+
+    grads: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Parameters whose gradient is masked during the step, with the dense gradient and the masked one."""
+    held: dict[Tensor, Tensor] = field(default_factory=dict)
+    """Where weights are zero for good."""
+    before: dict[Tensor, Tensor] = field(default_factory=dict)
+    """The weights, if a signal reads the step."""
+    closure: Callable[[], Any] | None = None
+
+
+class Engine:
+    """The part of :class:`impact_optim.Impact` that works by itself, called by hooks of the optimizers and of autograd.
+
+    A step goes from top to bottom: :meth:`_before_step` takes the signal of the dense gradients, moves the importances
+    and masks the gradients; the base steps; :meth:`_after_step` restores the gradients, holds the zeros, counts."""
+
+    def _bind(self, optimizers: list[Optimizer]) -> None:
+        """Puts the hooks on the optimizers. Of two engines, an optimizer belongs to the last."""
+        self.optimizers = optimizers
+        self._masking = Masking(self)
+        self._simplexes: dict[Optimizer, list[Simplex]] = {each: [] for each in optimizers}
+        self._home: dict[Tensor, Simplex] = {}
+        self._vectors: set[Tensor] = set()
+        self._normalized: set[Tensor] = set()
+        self._silenced: set[Tensor] = set()
+        self._is_lazy = False
+        """Whether the network did not know its sizes at a pass of this step: then the step is dense."""
+        self._steps: dict[Optimizer, _Step] = {}
+        self._loading: dict[Optimizer, dict[str, Any]] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        for each in optimizers:
+            if (other := each.__dict__.get("_impact")) is not None and other is not self:
+                other._unbind()
+            each.__dict__["_impact"] = self
+            # Then a GradScaler unscales the gradients, and skips the step if they overflow, before the signal sees
+            # them.
+            each.__dict__["_step_supports_amp_scaling"] = False
+            self._handles += [
+                each.register_step_pre_hook(self._before_step),
+                each.register_step_post_hook(self._after_step),
+                each.register_load_state_dict_pre_hook(self._before_load),
+                each.register_load_state_dict_post_hook(self._after_load),
+            ]
+        self._refresh()
+
+    def _unbind(self) -> None:
+        self._masking.detach()
+        for handle in self._handles:
+            handle.remove()
+
+    # -- groups --
+
+    def _all(self) -> Iterator[Simplex]:
+        return chain.from_iterable(self._simplexes.values())
+
+    def _refresh(self) -> None:
+        """Takes note of what has changed in the groups since the last step."""
+        groups = [(each, group) for each in self.optimizers for group in each.param_groups]
+        for _, group in groups:
+            check({**DEFAULTS, **group})
+        known = [simplex.group for simplex in self._all()]
+        if len(known) != len(groups) or not all(map(operator.is_, known, (group for _, group in groups))):
+            for simplex in self._all():
+                simplex.end_step()
+            self._simplexes = {each: [] for each in self.optimizers}
+            for number, (each, group) in enumerate(groups):
+                for name in DEFAULTS:
+                    group.setdefault(name, each.defaults[name])
+                self._simplexes[each].append(Simplex(each, group, number, self._is_weight, self._normalized))
+        self._is_lazy |= any(nn.parameter.is_lazy(p) for _, group in groups for p in group["params"])
+        for simplex in self._all():
+            self._note_stacked(simplex.group)
+            simplex.refresh()
+        self._home = {p: simplex for simplex in self._all() for p in simplex.members}
+        self._hold_pruned()
+
+    def _is_weight(self, param: Tensor) -> bool:
+        return is_weight(param) and param not in self._vectors
+
+    def _note_kinds(self, module: nn.Module) -> None:
+        """Biases and the parameters of norms are left alone, whatever their shape; weights that are normalised keep a
+        norm above 0."""
+        for part in module.modules():
+            own = dict(part.named_parameters(recurse=False))
+            for name, param in own.items():
+                if isinstance(part, _NORMS) or name.endswith("bias"):
+                    self._vectors.add(param)
+                if isinstance(part, ParametrizationList) or (name.endswith("_v") and name[:-1] + "g" in own):
+                    self._normalized.add(param)
+
+    def _note_stacked(self, group: dict[str, Any]) -> None:
+        """So are those of an ensemble whose members lie in one tensor, as :func:`torch.func.stack_module_state` has it:
+        a bias has the shape of a weight less its last dimensions, and such tensors are no ``nn.Parameter``."""
+        bare = [p for p in group["params"] if not isinstance(p, nn.Parameter)]
+        for p in bare:
+            if any(q.dim() > p.dim() > 1 and q.shape[: p.dim()] == p.shape for q in bare):
+                self._vectors.add(p)
+        for p, name in zip(group["params"], group.get("param_names", ()), strict=False):
+            if name.endswith("bias"):
+                self._vectors.add(p)
+
+    def _name(self, param: Tensor) -> str:
+        """What to call a parameter in an error or in a table."""
+        for root in self._masking.attached():
+            for name, p in root.named_parameters():
+                if p is param:
+                    return name
+        for each in self.optimizers:
+            for g, group in enumerate(each.param_groups):
+                for i, p in enumerate(group["params"]):
+                    if p is param:
+                        return (
+                            group["param_names"][i] if "param_names" in group else f"param_groups[{g}]['params'][{i}]"
+                        )
+        return f"a tensor of shape {tuple(param.shape)}"
+
+    # -- what masking asks for --
+
+    def begin_pass(self) -> None:
+        """Takes note of what has changed since the last pass."""
+        _check_not_capturing()
+        self._refresh()
+
+    def owns(self, param: Tensor) -> bool:
+        """Whether masks may touch a parameter."""
+        return param in self._home and not self._is_lazy
+
+    def current_mask(self, param: Tensor) -> Mask | None:
+        """The mask of this step, if it holds a factor for the parameter."""
+        simplex = self._home.get(param)
+        if simplex is None:
+            return None
+        is_read = simplex.mask is not None and simplex.mask.is_read
+        if simplex.group["drop_rate"] == 0 and not is_read:
+            return None
+        mask = simplex.current_mask()
+        return mask if param in mask.factors else None
+
+    def read_mask(self, param: Tensor) -> Mask | None:
+        """The mask of this step, if a pass has read it already and it holds a factor for the parameter."""
+        simplex = self._home.get(param)
+        mask = None if simplex is None else simplex.mask
+        return mask if mask is not None and mask.is_read and param in mask.factors else None
+
+    def sample(self, param: Tensor, number: int, drawn: dict[Any, dict[Tensor, Tensor]]) -> Tensor | None:
+        """The factor of a parameter in a mask that no step trains with, ``number`` of its scope."""
+        simplex = self._home.get(param)
+        if simplex is None or simplex.group["drop_rate"] == 0:
+            return None
+        if simplex not in drawn:
+            drawn[simplex] = simplex.sample(number)
+        return drawn[simplex].get(param)
+
+    def note_dense_read(self, param: Tensor) -> None:
+        """Takes note that the gradient of a parameter has come through a pass in eval mode, and may be dense."""
+        if (simplex := self._home.get(param)) is not None:
+            simplex.dense_reads.add(param)
+
+    # -- before the step --
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _check_not_capturing()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._masking.restore()
+            self._prepare(optimizer, None)
+            return None
+
+        def with_gradients() -> Any:
+            loss = closure()
+            self._masking.restore()
+            self._prepare(optimizer, closure)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], with_gradients, *args[2:]), kwargs
+        return args, {**kwargs, "closure": with_gradients}
+
+    @torch.no_grad()
+    def _prepare(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
+        """From dense gradients to new importances and masked gradients."""
+        broken = self._steps.pop(optimizer, _Step())  # a step that has not come to its end, by Ctrl-C
+        for p, grad, masked in broken.grads:
+            if p.grad is masked and masked._version == 0:
+                p.grad = grad
+        for p, zero in broken.held.items():
+            if p.shape == zero.shape:
+                p.masked_fill_(zero, 0.0)
+        self._refresh()
+        simplexes = self._simplexes[optimizer]
+        for simplex in simplexes:
+            self._check_gradients(simplex, closure)
+        through_masks = {simplex: self._find_masked(simplex) for simplex in simplexes}
+        step = self._steps[optimizer] = _Step(closure=closure)
+        for simplex in simplexes:
+            group = simplex.group
+            grads = {p: p.grad for p in simplex.members if p.grad is not None and p.grad.layout is torch.strided}
+            if group["importance"] in READS_STEP:
+                step.before.update((p, p.detach().clone()) for p in grads)
+            if group["importance"] not in ("uniform", "lookahead"):
+                steps = None
+                if group["importance"] in READS_STEP:
+                    states = {p: optimizer.state.get(p, {}) for p in grads}
+                    steps = {p: state["last_step"] for p, state in states.items() if "last_step" in state}
+                sign = -1.0 if group.get("maximize") else 1.0
+                simplex.update({p: g.neg() for p, g in grads.items()} if sign < 0 else grads, steps)
+            if group["hold_zeros"]:
+                step.held.update((p, p.detach() == 0) for p in simplex.members)
+            factors = simplex.mask.factors if simplex.mask is not None else {}
+            with torch.set_grad_enabled(bool(group.get("differentiable"))):
+                for p, g in grads.items():
+                    new = g * factors[p].to(g.dtype) if p in through_masks[simplex] else g
+                    if p in step.held:
+                        new = new.masked_fill(step.held[p], 0.0)
+                    if new is not g:
+                        step.grads.append((p, g, new))
+        for p, _, new in step.grads:
+            p.grad = new
+
+    def _check_gradients(self, simplex: Simplex, closure: Callable[[], Any] | None) -> None:
+        group = simplex.group
+        for p in simplex.members:
+            if (
+                p.grad is not None
+                and p.grad.layout is not torch.strided
+                and (group["drop_rate"] or group["hold_zeros"])
+            ):
+                raise RuntimeError(
+                    f"the gradient of {self._name(p)} is sparse, and masks need a dense one: build the layer with "
+                    "sparse=False, or put the parameter in a group with drop_rate=0"
+                )
+        for p in group["params"]:
+            if group["drop_rate"] and getattr(p, "_is_flat_param", False):
+                raise RuntimeError(
+                    "a flat parameter of FullyShardedDataParallel holds many weights in one vector, which masks do not "
+                    "reach: set drop_rate=0, or train with DistributedDataParallel"
+                )
+        if group["importance"] == "lookahead" and closure is None and float(group["lr"]) != 0.0:
+            raise RuntimeError(
+                "importance='lookahead' evaluates the batch of the step again: call step(closure), with a closure that "
+                "zeroes the gradients, computes the loss, calls backward() and returns the loss"
+            )
+
+    def _find_masked(self, simplex: Simplex) -> set[Tensor]:
+        """The members whose gradient has come through a masked read.
+
+        Raises:
+            RuntimeError: the gradient of a member that was to be masked has come by a path that the masks do not reach.
+        """
+        mask, group = simplex.mask, simplex.group
+        if mask is None and (group["drop_rate"] == 0 or self._is_lazy):
+            return set()
+        masked = set() if mask is None else mask.contributed
+        others = [p for p in simplex.members if p.grad is not None and p not in masked and p not in simplex.dense_reads]
+        if others and group["drop_rate"] > 0 and float(group["lr"]) != 0.0:
+            if _ranks() > 1:  # what only other ranks have used
+                entered = {p for part in self._masking.entered for p in part.parameters(recurse=False)}
+                entered -= set() if mask is None else mask.changes.keys()  # read under the mask, and thrown away
+                masked = masked | {p for p in others if p not in entered}
+                others = [p for p in others if p in entered]
+                if masked and mask is None:
+                    simplex.current_mask()
+            for p in others:
+                if p.grad is not None and bool(p.grad.any()):
+                    raise RuntimeError(self._unreached(p))
+        return masked
+
+    def _unreached(self, param: Tensor) -> str:
+        name = self._name(param)
+        if not any(p is param for root in self._masking.attached() for p in root.parameters()):
+            if self._masking.displaced:
+                return (
+                    f"drop_rate > 0, but no forward pass can see the masks of {name}: another optimizer with masks has "
+                    "since been attached to its module; go on with that one, or attach() again"
+                )
+            return (
+                f"drop_rate > 0, but no forward pass can see the masks of {name}: pass the module to the optimizer, or "
+                "call attach(module). (Without a module: forward and backward inside `with optimizer.masked():`. "
+                "Without masks: drop_rate=0)"
+            )
+        return (
+            f"drop_rate > 0, but the gradient of {name} has come by a path that its masks do not reach: its module was "
+            "not called, or its forward pass read the weight elsewhere than from the module's attribute. Call the "
+            "module itself (not module.forward), attach() the part that the loop calls, or run forward and backward "
+            "inside `with optimizer.masked():`. To train it without masks, put it in a group with drop_rate=0"
+        )
+
+    # -- after the step --
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        step = self._steps.get(optimizer, _Step())
+        for p, grad, masked in step.grads:
+            if p.grad is masked:
+                p.grad = grad
+        for simplex in self._simplexes[optimizer]:
+            if simplex.group["importance"] in READS_STEP:
+                self._look_back(optimizer, simplex, step)
+        for p, zero in step.held.items():
+            if p.dtype in (torch.float16, torch.bfloat16):  # few bits: a weight that lives may come to zero by chance
+                p.masked_fill_((p == 0) & ~zero, torch.finfo(p.dtype).tiny)
+            p.masked_fill_(zero, 0.0)
+        for simplex in self._simplexes[optimizer]:
+            simplex.store()
+            simplex.group["mask_step"] += 1
+            simplex.end_step()
+        for p, zero in step.held.items():
+            for value in optimizer.state.get(p, {}).values():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    value.masked_fill_(zero, 0.0)
+        self._masking.entered.clear()
+        self._is_lazy = False
+        self._steps.pop(optimizer, None)
+
+    def _look_back(self, optimizer: Optimizer, simplex: Simplex, step: _Step) -> None:
+        """What the signals do that read the step: keep it for the next one, or try it on the same batch."""
+        taken = {p: step.before[p] - p.detach() for p in simplex.members if p in step.before}
+        if simplex.group["importance"] != "lookahead":
+            for p, value in taken.items():
+                optimizer.state[p]["last_step"] = value
+            return
+        if step.closure is None or not taken:
+            return
+        after = {p: p.detach().clone() for p in taken}
+        grads = [(p, p.grad) for each in self.optimizers for group in each.param_groups for p in group["params"]]
+        importances = simplex.importances()
+        try:
+            for p, value in taken.items():
+                p.copy_(step.before[p].float() - importances[p] * value.float())
+            with torch.enable_grad():
+                step.closure()
+            sign = -1.0 if simplex.group.get("maximize") else 1.0
+            found = {p: p.grad.mul(sign) for p in taken if p.grad is not None}
+        finally:
+            for p, value in after.items():
+                p.copy_(value)
+            for p, grad in grads:
+                p.grad = grad
+        simplex.update(found, taken)
+
+    # -- zeros --
+
+    def _hold_pruned(self) -> None:
+        """Lets no gradient reach a weight that is zero for good: clipping and logs of norms do not count it."""
+        for simplex in self._all():
+            if simplex.group["hold_zeros"]:
+                for p in simplex.members:
+                    if p not in self._silenced:
+                        self._silenced.add(p)
+                        p.register_hook(_Silence(self, p))
+
+    # -- loading --
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._loading[optimizer] = checkpoint.checked(optimizer, state_dict, self._name)
+        self._steps.pop(optimizer, None)
+        return self._loading[optimizer]
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _after_load(self, optimizer: Optimizer) -> None:
+        checkpoint.restore(optimizer, self._loading.pop(optimizer))
+        for simplex in self._simplexes[optimizer]:
+            simplex.end_step()
+        self._refresh()
+
+
+class _Silence:
+    """The gradient hook of a parameter whose zeros are held."""
+
+    def __init__(self, engine: Engine, param: Tensor) -> None:
+        self.engine, self.param = weakref.ref(engine), weakref.ref(param)
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        engine, param = self.engine(), self.param()
+        simplex = engine._home.get(param) if engine is not None and param is not None else None
+        if param is None or simplex is None or not simplex.group["hold_zeros"]:
+            return grad
+        return grad.masked_fill(param.detach() == 0, 0.0)
+
+
+def _check_not_capturing() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph cannot capture masks, since every replay would see the same ones: train without a graph, or "
+            "without masks"
+        )
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
