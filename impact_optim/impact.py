@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from .engine import Engine
 from .importances import Simplex, empty_slices
+from .masking import attached_maskings
 from .options import OPTIONS, ImpactOptions, check, check_keys, completed, documentation, is_number
 from .simplex import perplexity
 from .sparsity import SparseTensor, SparsityReport, changed, choose, parse_pattern
@@ -466,6 +467,17 @@ class ImpactOptimizer(Impact):
         if "_masking" in self.__dict__:
             for root in list(self._masking.attached()):  # it may have parts that are new
                 self.attach(root)
+
+
+def impact_of(optimizer: Optimizer) -> Impact | None:
+    """The :class:`Impact` around an optimizer, or built into it; ``None`` if there is none."""
+    return vars(optimizer).get("_impact")
+
+
+def attached_impacts(module: nn.Module) -> list[Impact]:
+    """Those that are attached to some part of a module."""
+    owners = {masking.owner: None for masking in attached_maskings(module)}
+    return [owner for owner in owners if isinstance(owner, Impact)]
 
 
 def module_and_params(params: Any) -> tuple[nn.Module | None, Any]:

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import impact_optim.pruning.pruner as pruner_module
-from impact_optim import ImpactSGD
+from impact_optim import Impact, ImpactAdamW, ImpactSGD
+from impact_optim.impact import impact_of
 from impact_optim.pruning.architecture import load_pruned, save_pruned
 from impact_optim.pruning.pruner import ActivationPruner, ramp
 from impact_optim.pruning.report import model_size
@@ -62,6 +63,16 @@ def adam(model):
 
 def impact(model):
     return ImpactSGD(model, lr=0.05, momentum=0.9, drop_rate=0.2, importance_lr=0.1)
+
+
+def impact_adamw(model):
+    return ImpactAdamW(model, lr=0.01, drop_rate=0.2, importance_lr=0.1)
+
+
+def impact_rmsprop(model):
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5)
+    Impact(model, optimizer, drop_rate=0.2, importance_lr=0.1)
+    return optimizer
 
 
 def prune(model, schedule, optimizer=(), **options):
@@ -344,7 +355,7 @@ def test_several_optimizers_and_an_average_follow():
     assert [p.shape for p in average.parameters()] == [p.shape for p in model.parameters()]
 
 
-# ------------------------------------------------------------------------------- ImpactSGD
+# ------------------------------------------------------------------------------- importances, masks and zeros
 
 
 def test_masks_are_seen_by_the_statistics():
@@ -358,32 +369,77 @@ def test_masks_are_seen_by_the_statistics():
     assert not torch.equal(energy(0.5), energy(0.0))
 
 
+@pytest.mark.parametrize("build", [impact, impact_adamw, impact_rmsprop])
 @pytest.mark.parametrize("criterion", ["entropy", "importance"])
-def test_impact_sgd_goes_on_with_its_masks(criterion):
+def test_training_goes_on_with_masks(criterion, build):
     model = network()
-    optimizer = impact(model)
+    optimizer = build(model)
     pruner = prune(model, {1: 0.3, 2: 0.5}, optimizer, criterion=criterion)
     for i in range(4):
         epoch(model, optimizer, i)
         model(X)  # masks that no step uses
         pruner.step()
-    rows = optimizer.importance_summary()
+    rows = impact_of(optimizer).importance_summary()
     assert [row.numel for row in rows] == [p.numel() for p in model.parameters() if p.dim() > 1]
     assert sum(row.numel * row.drop_rate for row in rows) / sum(row.numel for row in rows) == pytest.approx(
         0.2, abs=1e-3
     )
 
 
-def test_importance_removes_the_units_of_least_importance():
+@pytest.mark.parametrize("hand_in", [lambda optimizer: optimizer, impact_of], ids=["optimizer", "engine"])
+@pytest.mark.parametrize("build", [impact, impact_adamw, impact_rmsprop])
+def test_importance_removes_the_units_of_least_importance(build, hand_in):
     model = network()
-    optimizer = impact(model)
-    pruner = prune(model, {1: 0.4}, optimizer, criterion="importance")
+    optimizer = build(model)
+    pruner = prune(model, {1: 0.4}, hand_in(optimizer), criterion="importance")
     epoch(model, optimizer, 0)
-    into, out = optimizer.importance(model[4].weight), optimizer.importance(model[6].weight)
+    importance = impact_of(optimizer).importance
+    into, out = importance(model[4].weight), importance(model[6].weight)
     removed = {record.name: record for record in pruner.step().records}["4.bias"].kept
     mean = (into.sum(1) + out.sum(0)) / (into.shape[1] + out.shape[0])
     lost = sorted(set(range(24)) - set(removed.tolist()))
     assert mean[lost].max() <= mean[removed].min()
+
+
+def test_a_loss_and_gradients_of_before_the_cut_do_no_harm():
+    model = network()
+    optimizer = impact(model)
+    pruner = prune(model, {1: 0.4}, optimizer, criterion="l1")
+    loss = model(X).square().mean()
+    loss.backward()
+    assert pruner.step().records
+    optimizer.step()
+    epoch(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("build", [impact, impact_adamw, impact_rmsprop])
+def test_zeros_stay_zero_through_cuts(build):
+    model = network()
+    optimizer = build(model)
+    pruner = prune(model, {1: 0.3, 2: 0.5}, optimizer, criterion="importance")
+    epoch(model, optimizer, 0)
+    impact_of(optimizer).sparsify(0.5)
+    for i in range(1, 4):
+        report = pruner.step()
+        assert bool(report.records) == (i < 3)
+        zero = {name: p == 0 for name, p in model.named_parameters() if p.dim() > 1}
+        assert sum(int(mask.sum()) for mask in zero.values()) > 100
+        epoch(model, optimizer, i)
+        for name, mask in zero.items():
+            assert torch.equal(model.get_parameter(name) == 0, mask)
+
+
+@pytest.mark.parametrize("build", [impact, impact_adamw, impact_rmsprop])
+def test_an_optimizer_with_masks_must_not_be_forgotten(build):
+    model = network()
+    optimizer = build(model)
+    with pytest.raises(ValueError, match=r"trains this Sequential with masks.*hand it in, as optimizer="):
+        prune(model, {1: 0.5})
+    with pytest.raises(ValueError, match=r"trains this Sequential with masks"):
+        prune(model, {1: 0.5}, sgd(model))
+    prune(model, {1: 0.5}, optimizer)
+    impact_of(optimizer).detach()
+    prune(model, {1: 0.5})
 
 
 # ------------------------------------------------------------------------------- resume
@@ -398,6 +454,8 @@ def test_importance_removes_the_units_of_least_importance():
         (adam, {"criterion": "rademacher", "split": "rademacher", "every": 2}, 3),
         (impact, {"criterion": "entropy"}, 2),
         (impact, {"criterion": "importance", "target": "macs"}, 3),
+        (impact_adamw, {"criterion": "importance"}, 3),
+        (impact_rmsprop, {"criterion": "importance"}, 3),
         (sgd, {"criterion": "random", "seed": 3}, 2),
     ],
 )

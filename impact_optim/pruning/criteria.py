@@ -108,12 +108,15 @@ def l1(group: UnitGroup, context: Context) -> Tensor:
 def importance(group: UnitGroup, context: Context) -> Tensor:
     """Mean importance of all weights that would go with a unit: removes the units with the least important weights.
 
-    See :meth:`ImpactSGD.importance`.
+    See :meth:`~impact_optim.Impact.importance`.
     """
     known = [axis for axis in (*group.producers, *group.consumers) if axis.name in context.importances]
     total, number = _sum_per_unit(group.size, known, context.importances)
     if not (number > 0).all():
-        raise ValueError(f"there are no importances of the weights of {group.name!r}; hand in those of an ImpactSGD")
+        raise ValueError(
+            f"there are no importances of the weights of {group.name!r}; hand in an optimizer that keeps them, such as "
+            "ImpactSGD or Impact"
+        )
     return total / number
 
 

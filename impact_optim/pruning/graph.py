@@ -16,6 +16,7 @@ from .rehearsal import (
     Inputs,
     Plan,
     as_inputs,
+    caches,
     culprit,
     export,
     first_names,
@@ -242,6 +243,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     Raises:
         RuntimeError: ``torch.export`` cannot trace the model.
     """
+    caches.find()
     inputs = as_inputs(example_inputs)
     names = first_names(model)
     atoms, axes = Atoms(), dict[AxisKey, Tensor]()

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..impact import attached_impacts, impact_of
 from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
 from .folding import fold
 from .graph import UnitGroup, trace
 from .rehearsal import as_inputs, named_tensors
-from .repair import repair, replace_state, unwrapped, with_state
+from .repair import Optimizers, drawn_masks, repair, replace_state, unwrapped, with_state
 from .report import LayerReport, ModelSize, PruneReport, model_size
 from .statistics import ActivationStatistics, UnitStatistics
 from .surgery import PruneRecord, cut
@@ -80,7 +81,7 @@ class ActivationPruner:
         schedule: epoch -> fraction removed by then, of all units or MACs that there were; see :func:`ramp`.
         criterion: a name in :data:`~impact_optim.pruning.criteria.CRITERIA`, or a function like those.
         optimizer: of the model's parameters, one or several. One that wraps another, such as accelerate's or a
-            Lookahead, stands for that as well.
+            Lookahead, stands for that as well, and an :class:`~impact_optim.Impact` for those that it is around.
         averaged: averaged copies of the model, one or several.
         target: what the fractions are of, ``"units"`` or ``"macs"``.
         split: how the budget is spread over layers, ``"uniform"``, ``"global"`` or ``"rademacher"``.
@@ -99,7 +100,8 @@ class ActivationPruner:
         seed: of random signs, and of ``"random"``.
 
     Raises:
-        TypeError, ValueError: an argument is not of that form.
+        TypeError, ValueError: an argument is not of that form, or an optimizer with masks that is attached to the model
+            was not handed in.
 
     Example:
         >>> pruner = ActivationPruner(model, images, {10: 0.2, 20: 0.4}, optimizer=optimizer)
@@ -115,7 +117,7 @@ class ActivationPruner:
         schedule: Mapping[int, float],
         *,
         criterion: str | Criterion = "entropy",
-        optimizer: Optimizer | Iterable[Optimizer] = (),
+        optimizer: Optimizers = (),
         averaged: nn.Module | Iterable[nn.Module] = (),
         target: str = "units",
         split: str = "uniform",
@@ -143,6 +145,7 @@ class ActivationPruner:
             )
         self.model, self.schedule, self.criterion = model, dict(sorted(schedule.items())), criterion
         self.optimizers = with_state(optimizer)
+        _check_none_is_forgotten(self.optimizers, model)
         self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
         repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
         self.target, self.split, self.guard, self.keep_means, self.seed = target, split, guard, keep_means, seed
@@ -285,12 +288,12 @@ class ActivationPruner:
         return _Scores(values, context.statistics, self.statistics.mean_inputs(), left_out)
 
     def _importances(self) -> dict[str, Tensor]:
-        """Of the weights that an ImpactSGD trains."""
+        """Of the weights of optimizers that keep importances."""
         names = {param: name for name, param in self.model.named_parameters()}
         return {
-            names[param]: optimizer.importance(param)
+            names[param]: impact.importance(param)
             for optimizer in self.optimizers
-            if self.criterion == "importance" and hasattr(optimizer, "importance")
+            if self.criterion == "importance" and (impact := impact_of(optimizer)) is not None
             for group in optimizer.param_groups
             for param in group["params"]
             if param in names
@@ -488,6 +491,7 @@ class _Snapshot:
         self._params = [(param, param.data, param.grad) for param in params]
         self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
+        self._masks = [(mask, mask.factors) for mask in drawn_masks(pruner.optimizers, pruner.model)]
         self._graph = {key: deepcopy(value) for key, value in vars(pruner.graph).items() if key != "_inputs"}
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.inputs, statistics.batches))
@@ -509,6 +513,9 @@ class _Snapshot:
         for optimizer, state in self._states:
             if optimizer.state is not state:
                 replace_state(optimizer, state)
+        for mask, factors in self._masks:
+            if not mask.is_over:
+                mask.factors = factors
         vars(self._pruner.graph).update(deepcopy(self._graph))
         statistics = self._pruner.statistics
         statistics.groups, statistics.inputs, statistics.batches = deepcopy(self._statistics)
@@ -556,6 +563,19 @@ def _check_model(model: nn.Module) -> None:
         )
     if hasattr(model, "_orig_mod"):
         raise TypeError("ActivationPruner takes the module that torch.compile got, not what it returned")
+
+
+def _check_none_is_forgotten(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Raises for an optimizer whose state a cut would not reach, though it shows itself: by its masks."""
+    params = set(model.parameters())
+    for impact in {*attached_impacts(model), *filter(None, map(impact_of, optimizers))}:
+        for other in with_state(impact.optimizers):
+            is_known = any(other is optimizer for optimizer in optimizers)
+            if not is_known and any(param in params for group in other.param_groups for param in group["params"]):
+                raise ValueError(
+                    f"{type(other).__name__} trains this {type(model).__name__} with masks, and its state has to be "
+                    "cut as well: hand it in, as optimizer=. If it trains no more, detach() it before"
+                )
 
 
 def _check_schedule(schedule: Mapping[int, float]) -> None:

@@ -9,6 +9,7 @@ import itertools
 import logging
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -190,7 +191,7 @@ def _without_data(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Inpu
         for store, key, tensor, _ in places:
             store[key] = tensor
         held.put_back()
-        _forget_fakes()
+        caches.forget_fakes()
 
 
 class _Held:
@@ -273,11 +274,31 @@ def _is_torchs(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("torch", "builtins")
 
 
-def _forget_fakes() -> None:
-    """Empties caches of functions that hold tensors without data."""
-    for cached in gc.get_objects():
-        if type(cached) is functools._lru_cache_wrapper and _holds_fakes(gc.get_referents(cached), 3):
-            cached.cache_clear()
+class _Caches:
+    """The caches of functions in this process: a forward pass may put tensors into them.
+
+    To find them takes a look at every object. So it is done where a model is traced, and again where modules have been
+    imported since. What a forward pass makes anew is not in question: :class:`_Held` throws it away.
+    """
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._imported = 0
+
+    def find(self) -> None:
+        self._imported = len(sys.modules)
+        self._known = weakref.WeakSet(o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper)
+
+    def forget_fakes(self) -> None:
+        """Empties those that hold tensors without data."""
+        if len(sys.modules) != self._imported:
+            self.find()
+        for cached in self._known:
+            if cached.cache_info().currsize and _holds_fakes(gc.get_referents(cached), 3):
+                cached.cache_clear()
+
+
+caches = _Caches()
 
 
 def _holds_fakes(values: Iterable[Any], levels: int) -> bool:
