@@ -200,7 +200,7 @@ def mobile():
     return mobilenet_v3_small(num_classes=5)
 
 
-@pytest.fixture(params=[transformer, residual, mobile], scope="module")
+@pytest.fixture(params=[transformer, residual, pytest.param(mobile, marks=pytest.mark.slow)], scope="module")
 def cut_network(request):
     """How it is built, cut by a third at random, and an input."""
     torch.manual_seed(0)

@@ -23,9 +23,9 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def gathered(responses: Tensor, labels: Tensor | None = None, **options: Any) -> UnitStatistics:
+def gathered(responses: Tensor, **options: Any) -> UnitStatistics:
     result = UnitStatistics(responses.shape[1], **options)
-    result.update(responses, 1, torch.arange(responses.shape[1]), labels)
+    result.update(responses, 1, torch.arange(responses.shape[1]))
     return result
 
 
@@ -53,7 +53,7 @@ def parameters_of(size: int) -> dict[str, Tensor]:
 def first_removed(name: str, responses: Tensor, **context: Any) -> int:
     """The unit that a criterion would remove first."""
     size = responses.shape[1]
-    statistics = {"conv": [gathered(responses, context.pop("labels", None), classes=context.pop("classes", 0))]}
+    statistics = {"conv": [gathered(responses)]}
     scores = CRITERIA[name](group_of(size), Context(parameters_of(size), statistics, **context))
     assert scores.shape == (size,)
     assert scores.isfinite().all()
@@ -77,13 +77,6 @@ def test_apoz_removes_the_unit_that_is_most_often_zero():
     a[:, 1] += 100.0
     a[:, 3] -= 1.5
     assert first_removed("apoz", a.relu()) == 3
-
-
-def test_class_information_removes_the_noise():
-    labels = torch.arange(N) % 4
-    a = labels.double().unsqueeze(1) + 0.1 * rand(N, 4)
-    a[:, 2] = 10 * rand(N)
-    assert first_removed("class_information", a, labels=labels, classes=4) == 2
 
 
 def test_rademacher_weighs_the_response_with_what_reads_it():
@@ -136,7 +129,6 @@ def test_scores_are_the_mean_over_the_places_where_a_unit_was_seen():
         ("entropy", Context({}), "no statistics of 'conv'"),
         ("entropy", Context({}, {"conv": [UnitStatistics(4)]}), "4 of 4 units of 'conv' have not been seen;"),
         ("apoz", Context({}, {"conv": [gathered(torch.full((3, 4), math.nan))]}), "12 responses were not finite"),
-        ("class_information", Context({}, {"conv": [gathered(rand(3, 4))]}), "no histogram per class"),
         ("importance", Context(parameters_of(4)), "no importances of the weights of 'conv'"),
         ("l1", Context({}), "no weights produce"),
     ],

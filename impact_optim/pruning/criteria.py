@@ -62,14 +62,6 @@ def state_entropy(group: UnitGroup, context: Context) -> Tensor:
     return mean_over_places(group, context, UnitStatistics.state_entropy)
 
 
-def class_information(group: UnitGroup, context: Context) -> Tensor:
-    """Mutual information of response and class: removes units that tell least of the class.
-
-    See :meth:`UnitStatistics.class_information`; needs labels.
-    """
-    return mean_over_places(group, context, UnitStatistics.class_information)
-
-
 def rademacher(group: UnitGroup, context: Context) -> Tensor:
     r"""Rademacher complexity of what a unit contributes: removes the units whose contributions are simplest.
 
@@ -130,7 +122,6 @@ def random(group: UnitGroup, context: Context) -> Tensor:
 CRITERIA: dict[str, Criterion] = {
     "entropy": entropy,
     "state_entropy": state_entropy,
-    "class_information": class_information,
     "rademacher": rademacher,
     "apoz": apoz,
     "l1": l1,

@@ -16,10 +16,9 @@ from torch.optim import Optimizer
 
 from ..impact import attached_impacts, impact_of
 from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
-from .folding import fold
 from .graph import UnitGroup, trace
-from .rehearsal import as_inputs, named_tensors
-from .repair import Optimizers, drawn_masks, repair, replace_state, unwrapped, with_state
+from .rehearsal import as_inputs
+from .repair import Optimizers, drawn_masks, repair, replace_state, with_state
 from .report import LayerReport, ModelSize, PruneReport, model_size
 from .statistics import ActivationStatistics, UnitStatistics
 from .surgery import PruneRecord, cut
@@ -91,12 +90,7 @@ class ActivationPruner:
         ignore: modules of which nothing is cut.
         guard: a metric, called with the model, of which more is better, and how much of it a cut may cost. A cut that
             costs more is undone, and smaller ones are tried. Where processes train together, they compare its mean.
-        keep_means: what removed units contribute on average stays, in the biases or batch norms behind the layers that
-            read them; see :func:`~impact_optim.pruning.folding.fold`. Where it cannot, the report says so. Averaged
-            copies keep it, too. Without it those layers read zeros.
         every: statistics are gathered in one of so many forward passes.
-        classes: number of classes, for ``"class_information"``; then ``pruner.statistics.labels`` is to be set before
-            each forward pass.
         seed: of random signs, and of ``"random"``.
 
     Raises:
@@ -126,9 +120,7 @@ class ActivationPruner:
         max_ratio: float = 1.0,
         ignore: Iterable[nn.Module] = (),
         guard: Guard | None = None,
-        keep_means: bool = False,
         every: int = 8,
-        classes: int = 0,
         seed: int = 0,
     ) -> None:
         _check_model(model)
@@ -148,14 +140,12 @@ class ActivationPruner:
         _check_none_is_forgotten(self.optimizers, model)
         self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
         repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
-        self.target, self.split, self.guard, self.keep_means, self.seed = target, split, guard, keep_means, seed
+        self.target, self.split, self.guard, self.seed = target, split, guard, seed
         self.round_to, self.min_units, self.max_ratio = round_to, min_units, max_ratio
         self.epoch = 0
         """Epochs that have ended."""
         self.graph = trace(model, example_inputs, ignore=ignore)
-        self.statistics = ActivationStatistics(
-            model, self.graph, every=every, classes=classes, seed=seed, means=keep_means
-        )
+        self.statistics = ActivationStatistics(model, self.graph, every=every, seed=seed)
         self._inputs = as_inputs(example_inputs)
         self._size = model_size(model, self._inputs)
         self._original_macs = self._size.macs[""]
@@ -208,7 +198,7 @@ class ActivationPruner:
         return replace(self._report(self.epoch, chosen, scores.values, size), note="dry run")
 
     def _attach_if_due(self) -> None:
-        if self.epoch + 1 in self.schedule and (self._reads_activations() or self.keep_means):
+        if self.epoch + 1 in self.schedule and self._reads_activations():
             self.statistics.attach()
             if self.epoch > 0:
                 torch.compiler.reset()  # what is compiled already does not look for new hooks
@@ -231,12 +221,9 @@ class ActivationPruner:
         size = model_size(self.model, self._inputs, self.graph.plan(chosen))
         note = note or self._shortfall(fraction, chosen, scores, size)
         report = self._report(epoch, chosen, scores.values, size)
-        left_out = dict(scores.left_out)
-        if self.keep_means:
-            left_out |= fold(self.model, self.graph, chosen, scores.means).left_out
-        records = self._remove(chosen, scores.means)
+        records = self._remove(chosen)
         self._size = size
-        return replace(report, records=records, metric=metric, note=note, left_out=left_out)
+        return replace(report, records=records, metric=metric, note=note, left_out=scores.left_out)
 
     def _bearable(
         self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
@@ -249,7 +236,7 @@ class ActivationPruner:
         for _ in range(1 + _SMALLER_CUTS):
             before.restore()
             chosen = self._choose(asked, scores)
-            self._remove(chosen, scores.means)
+            self._remove(chosen)
             end = _mean_over_processes(measure(self.model))
             if start - end <= tolerance:  # not so for nan
                 best = (asked, chosen, (start, end))
@@ -285,7 +272,7 @@ class ActivationPruner:
                     "must give one to each"
                 )
         values, left_out = _of_first_process((values, left_out))
-        return _Scores(values, context.statistics, self.statistics.mean_inputs(), left_out)
+        return _Scores(values, context.statistics, left_out)
 
     def _importances(self) -> dict[str, Tensor]:
         """Of the weights of optimizers that keep importances."""
@@ -373,19 +360,14 @@ class ActivationPruner:
             min_units={name: max(self.min_units, units) for name, units in least.items()},
         )
 
-    def _remove(self, chosen: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> list[PruneRecord]:
+    def _remove(self, chosen: Mapping[str, Tensor]) -> list[PruneRecord]:
         """Cuts everything that knows of the units. Where it raises, part of it may have been cut."""
         kept = {}
         for name, units in chosen.items():
             stays = torch.ones(self.graph.groups[name].size, dtype=torch.bool)
             stays[units] = False
             kept[name] = stays.nonzero().flatten()
-        for average in self.averaged if means else ():
-            average = unwrapped(average, self.model)
-            tensors = named_tensors(average)
-            for name, value in fold(average, self.graph, chosen, means).values.items():
-                tensors[name].data = value
-        records = cut(self.model, self.graph, chosen, means)
+        records = cut(self.model, self.graph, chosen)
         repair(records, self.model, optimizers=self.optimizers, averaged=self.averaged)
         self.statistics.keep(kept)
         return records
@@ -457,7 +439,7 @@ class ActivationPruner:
         chosen = {name: (~torch.isin(groups[name].original, left)).nonzero().flatten() for name, left in units.items()}
         with self._all_or_nothing():
             try:
-                self._remove({name: positions for name, positions in chosen.items() if len(positions)}, {})
+                self._remove({name: positions for name, positions in chosen.items() if len(positions)})
             except ValueError as error:
                 raise ValueError(
                     f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
@@ -471,7 +453,6 @@ class ActivationPruner:
 class _Scores(NamedTuple):
     values: Mapping[str, Tensor]
     statistics: Mapping[str, Sequence[UnitStatistics]]
-    means: Mapping[str, Tensor]
     left_out: dict[str, str]
     """Groups that have none -> why."""
 
@@ -494,7 +475,7 @@ class _Snapshot:
         self._masks = [(mask, mask.factors) for mask in drawn_masks(pruner.optimizers, pruner.model)]
         self._graph = {key: deepcopy(value) for key, value in vars(pruner.graph).items() if key != "_inputs"}
         statistics = pruner.statistics
-        self._statistics = deepcopy((statistics.groups, statistics.inputs, statistics.batches))
+        self._statistics = deepcopy((statistics.groups, statistics.batches))
         self._size, self._epoch = pruner._size, pruner.epoch
 
     @torch.no_grad()
@@ -518,7 +499,7 @@ class _Snapshot:
                 mask.factors = factors
         vars(self._pruner.graph).update(deepcopy(self._graph))
         statistics = self._pruner.statistics
-        statistics.groups, statistics.inputs, statistics.batches = deepcopy(self._statistics)
+        statistics.groups, statistics.batches = deepcopy(self._statistics)
         self._pruner._size, self._pruner.epoch = self._size, self._epoch
 
 

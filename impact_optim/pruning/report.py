@@ -54,7 +54,7 @@ class PruneReport:
     note: str = ""
     """Why nothing, or less than was asked, has been cut."""
     left_out: dict[str, str] = field(default_factory=dict, repr=False)
-    """Groups that stay because they have no scores, and layers that read zeros instead of kept means -> why."""
+    """Groups that stay because they have no scores -> why."""
 
     def __str__(self) -> str:
         rows = [("layer", "units", "score", "MACs", "parameters")]
