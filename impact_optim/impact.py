@@ -264,7 +264,7 @@ class Impact(Engine):
             TypeError: something in ``params`` is no tensor.
             RuntimeError: inside a scope of :meth:`masked` or :meth:`expected`.
         """
-        if self._masking.in_scope:
+        if self.in_scope:
             raise RuntimeError("sparsify() changes the dense weights: leave the scope of masked() or expected() first")
         self._refresh()
         for name, chosen, choices in (("by", by, _SPARSIFY_BY), ("scope", scope, _SPARSIFY_SCOPES)):

@@ -144,9 +144,20 @@ def networks(make: st.DrawFn) -> nn.Module:
 INPUT = (torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(model=networks(), seed=st.integers(0, 2**16))
 def test_random_networks_equal_their_masked_selves(model: nn.Module, seed: int) -> None:
+    check_against_masked_selves(model, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(model=networks(), seed=st.integers(0, 2**16))
+def test_many_random_networks_equal_their_masked_selves(model: nn.Module, seed: int) -> None:
+    check_against_masked_selves(model, seed)
+
+
+def check_against_masked_selves(model: nn.Module, seed: int) -> None:
     model = randomised(model)
     graph = trace(model, INPUT)
     assert graph.groups

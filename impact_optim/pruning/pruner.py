@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..impact import attached_impacts, impact_of
+from ..impact import impact_of
 from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
 from .graph import UnitGroup, trace
 from .rehearsal import as_inputs
-from .repair import Optimizers, drawn_masks, repair, replace_state, with_state
+from .repair import Optimizers, drawn_masks, impacts_around, repair, replace_state, with_state
 from .report import LayerReport, ModelSize, PruneReport, model_size
 from .statistics import ActivationStatistics, UnitStatistics
 from .surgery import PruneRecord, cut
@@ -166,7 +166,8 @@ class ActivationPruner:
 
         Raises:
             ValueError: the criterion cannot score a group, or an optimizer has state that cannot be cut.
-            RuntimeError: the network would not run after the cut. Nothing has changed, whatever is raised.
+            RuntimeError: the network would not run after the cut, or this is inside a scope of :meth:`Impact.masked` or
+                :meth:`Impact.expected`. Nothing has changed, whatever is raised.
         """
         epoch = self.epoch + 1
         with self._all_or_nothing() as before:
@@ -398,6 +399,8 @@ class ActivationPruner:
     @contextmanager
     def _all_or_nothing(self) -> Generator[_Snapshot, None, None]:
         """Without hooks inside: what a guard evaluates is not the training that is observed."""
+        if any(impact.in_scope for impact in impacts_around(self.optimizers, self.model)):
+            raise RuntimeError("a cut changes the dense weights: leave the scope of masked() or expected() first")
         before = _Snapshot(self)
         self.statistics.detach()
         try:
@@ -549,7 +552,7 @@ def _check_model(model: nn.Module) -> None:
 def _check_none_is_forgotten(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
     """Raises for an optimizer whose state a cut would not reach, though it shows itself: by its masks."""
     params = set(model.parameters())
-    for impact in {*attached_impacts(model), *filter(None, map(impact_of, optimizers))}:
+    for impact in impacts_around(optimizers, model):
         for other in with_state(impact.optimizers):
             is_known = any(other is optimizer for optimizer in optimizers)
             if not is_known and any(param in params for group in other.param_groups for param in group["params"]):

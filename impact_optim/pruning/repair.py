@@ -18,7 +18,7 @@ from .architecture import integer_attributes, set_integer_attributes
 from .rehearsal import named_tensors
 from .surgery import PruneRecord, select
 
-__all__ = ["drawn_masks", "repair", "replace_state", "unwrapped", "with_state"]
+__all__ = ["drawn_masks", "impacts_around", "repair", "replace_state", "unwrapped", "with_state"]
 
 T = TypeVar("T")
 Optimizers = Optimizer | Impact | Iterable[Optimizer | Impact]
@@ -156,10 +156,15 @@ def with_state(optimizers: Optimizers) -> list[Optimizer]:
     return found
 
 
+def impacts_around(optimizers: Iterable[Optimizer], model: nn.Module) -> list[Impact]:
+    """Whatever masks the weights that optimizers train, or that a model reads."""
+    found = [*map(impact_of, optimizers), *attached_impacts(model)]
+    return [impact for impact in dict.fromkeys(found) if impact is not None]
+
+
 def drawn_masks(optimizers: Iterable[Optimizer], model: nn.Module) -> list[Mask]:
-    """The masks of this step of whatever masks the weights that optimizers train, or that a model reads."""
-    around = {impact: None for optimizer in optimizers if (impact := impact_of(optimizer)) is not None}
-    return [mask for impact in {**around, **dict.fromkeys(attached_impacts(model))} for mask in impact.masks()]
+    """The masks of this step."""
+    return [mask for impact in impacts_around(optimizers, model) for mask in impact.masks()]
 
 
 def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut]) -> dict[Tensor, Any] | None:
