@@ -729,6 +729,7 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_processes_add_up_what_each_has_seen(tmp_path):
     context = mp.start_processes(work, args=(str(tmp_path),), nprocs=WORLD, join=False, start_method="spawn")

@@ -282,20 +282,27 @@ class _Caches:
     """
 
     def __init__(self) -> None:
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        """By function, how often it had been called when its cache was last looked at."""
         self._imported = 0
 
     def find(self) -> None:
         self._imported = len(sys.modules)
-        self._known = weakref.WeakSet(o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper)
+        for found in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
+            self._calls.setdefault(found, 0)
 
     def forget_fakes(self) -> None:
         """Empties those that hold tensors without data."""
         if len(sys.modules) != self._imported:
             self.find()
-        for cached in self._known:
-            if cached.cache_info().currsize and _holds_fakes(gc.get_referents(cached), 3):
+        for cached, before in list(self._calls.items()):
+            info = cached.cache_info()
+            if (calls := info.hits + info.misses) == before:
+                continue
+            if info.currsize and _holds_fakes(gc.get_referents(cached), 3):
                 cached.cache_clear()
+                calls = 0
+            self._calls[cached] = calls
 
 
 caches = _Caches()
