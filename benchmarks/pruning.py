@@ -1,7 +1,7 @@
 """What cutting a network while it trains costs in accuracy and in time, and what it saves.
 
     python benchmarks/pruning.py              # everything, resumed where it was stopped; then the tables
-    python benchmarks/pruning.py latency cost # these parts only; accuracy, latency, cost, means
+    python benchmarks/pruning.py latency cost # these parts only; accuracy, latency, cost
 
 ``accuracy``: a ResNet-18 in its CIFAR form on Fashion-MNIST loses half of its MACs in the middle of training, by every
 criterion from the same weights, statistics and batches: runs of a seed share what comes before the cut. All keep the
@@ -9,8 +9,6 @@ MACs and the learning rate, the one of a grid with which the uncut network does 
 stands Torch-Pruning's group norm, ranked by that package, and cut and repaired like the others.
 ``latency``: the cut network against the uncut one, at full width; it needs no training.
 ``cost``: building graphs, a cut with repair, and the statistics' share of a training step.
-
-``means``: several networks right after a cut that keeps the means of what it removes, against one that does not.
 
 Times are processor times of a single thread, which the rest of the machine disturbs little.
 
@@ -20,7 +18,6 @@ Every run and measurement is a line of ``--out``; the tables are made of these l
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -64,11 +61,6 @@ RUNS = [
     ("SGD", "rademacher", "rademacher"),
 ]
 
-NETWORKS = ["mlp", "cnn", "vit", "resnet18"]
-MEANS_CRITERIA = ["entropy", "l1", "random"]
-MEANS_REMOVED = [0.2, 0.5]
-MEANS_LR = 0.05  # not tuned but for the last network
-
 Line = dict[str, Any]
 
 
@@ -109,19 +101,16 @@ class Run:
             else ImpactSGD(self.model, **options, seed=seed)
         )
 
-    def pruner(
-        self, criterion: str | Criterion, split: str, removed: float | None = None, keep_means: bool = False
-    ) -> ActivationPruner:
+    def pruner(self, criterion: str | Criterion, split: str) -> ActivationPruner:
         return ActivationPruner(
             self.model,
             self.data.x[:1],
-            {self.args.cut_epoch: removed or self.args.removed},
+            {self.args.cut_epoch: self.args.removed},
             criterion=criterion,
             target="macs",
             split=split,
             round_to=1,  # a narrow network: equal MACs matter more than even widths
             optimizer=self.optimizer,
-            keep_means=keep_means,
             every=4,
             seed=self.seed,
         )
@@ -278,56 +267,6 @@ def print_accuracy(args: argparse.Namespace, lines: Lines) -> None:
             print(f"| {' | '.join(cells)} |")
 
 
-# ------------------------------------------------------------------------------- means
-
-
-def measure_means(args: argparse.Namespace, lines: Lines) -> None:
-    data = load_data("fashion-mnist", args.data_folder).subset(args.subset)
-    settings = {**accuracy_settings(args), "part": "means"}
-    del settings["removed"]
-    for network, seed in itertools.product(NETWORKS, range(args.seeds)):
-        if lines.matching(**settings, network=network, seed=seed):
-            continue
-        run = Run(args, data, MEANS_LR, seed, "SGD", network)
-        pruner = run.pruner("entropy", "uniform", keep_means=True)
-        run.train(0, args.cut_epoch - 1)
-        pruner.epoch = args.cut_epoch - 1
-        pruner.statistics.attach()
-        run.train(args.cut_epoch - 1, args.cut_epoch)
-        pruner.statistics.detach()
-        states = deepcopy([pruner.state_dict(), run.model.state_dict(), run.optimizer.state_dict()])
-        before = run.accuracy(renew_batch_norm=False)
-        for criterion, removed, keep in itertools.product(MEANS_CRITERIA, MEANS_REMOVED, (False, True)):
-            run = Run(args, data, MEANS_LR, seed, "SGD", network)
-            pruner = run.pruner(criterion, "uniform", removed, keep)
-            state = deepcopy(states)
-            if not keep:
-                state[0]["statistics"]["inputs"] = {}
-            for part, loaded in zip((pruner, run.model, run.optimizer), state, strict=True):
-                part.load_state_dict(loaded)
-            report = pruner.step()
-            line = {**settings, "network": network, "seed": seed, "criterion": criterion, "removed": removed}
-            line |= {"keep_means": keep, "before": before, "after": run.accuracy(renew_batch_norm=False)}
-            line |= {"after_renewed": run.accuracy(), "left_out": len(report.left_out)}
-            lines.add(line)
-
-
-def print_means(args: argparse.Namespace, lines: Lines) -> None:
-    settings = {**accuracy_settings(args), "part": "means"}
-    del settings["removed"]
-    if lines.matching(**settings):
-        print("\n| network | criterion | MACs cut | before | zeros | means | renewed: zeros | means |")
-        print("|---|---|---|---|---|---|---|---|")
-    for network, criterion, removed in itertools.product(NETWORKS, MEANS_CRITERIA, MEANS_REMOVED):
-        found = lines.matching(**settings, network=network, criterion=criterion, removed=removed)
-        arms = [[line for line in found if line["keep_means"] is keep] for keep in (False, True)]
-        if found:
-            cells = [network, criterion, f"{removed:.0%}", spread([line["before"] for line in arms[0]])]
-            for key in ("after", "after_renewed"):
-                cells += [spread([line[key] for line in arm]) for arm in arms]
-            print(f"| {' | '.join(cells)} |")
-
-
 def spread(values: list[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else ""
 
@@ -414,7 +353,7 @@ def print_times(lines: Lines) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="accuracy, latency, cost, means; table prints only (all)")
+    parser.add_argument("parts", nargs="*", help="accuracy, latency, cost; table prints only (all)")
     parser.add_argument("--width", type=int, default=16, help="of the first stage (%(default)s)")
     parser.add_argument("--subset", type=int, default=4000, help="training examples (%(default)s)")
     parser.add_argument("--epochs", type=int, default=6)
@@ -425,7 +364,7 @@ def main() -> None:
     parser.add_argument("--data-folder", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pruning.jsonl")
     args = parser.parse_args()
-    lines, parts = Lines(args.out), args.parts or ["accuracy", "latency", "cost", "means"]
+    lines, parts = Lines(args.out), args.parts or ["accuracy", "latency", "cost"]
     torch.set_num_threads(1)
     if "latency" in parts:
         measure_latency(args, lines)
@@ -434,11 +373,7 @@ def main() -> None:
     if "accuracy" in parts:
         torch.set_num_threads(args.threads)
         measure_accuracy(args, lines)
-    if "means" in parts:
-        torch.set_num_threads(args.threads)
-        measure_means(args, lines)
     print_accuracy(args, lines)
-    print_means(args, lines)
     print_times(lines)
 
 

@@ -79,6 +79,15 @@ class Engine:
     def _all(self) -> Iterator[Simplex]:
         return chain.from_iterable(self._simplexes.values())
 
+    def masks(self) -> list[Mask]:
+        """The masks of this step, as far as they are drawn."""
+        return [simplex.mask for simplex in self._all() if simplex.mask is not None]
+
+    @property
+    def in_scope(self) -> bool:
+        """Whether the parameters hold masked weights now."""
+        return self._masking.in_scope
+
     def _refresh(self) -> None:
         """Takes note of what has changed in the groups since the last step."""
         groups = [(each, group) for each in self.optimizers for group in each.param_groups]

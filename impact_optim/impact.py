@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from .engine import Engine
 from .importances import Simplex
+from .masking import attached_maskings
 from .options import OPTIONS, ImpactOptions, check, check_keys, completed, documentation, is_number
 from .simplex import perplexity
 from .sparsity import (
@@ -278,7 +279,7 @@ class Impact(Engine):
             TypeError: something in ``params`` is no tensor.
             RuntimeError: inside a scope of :meth:`masked` or :meth:`expected`.
         """
-        if self._masking.in_scope:
+        if self.in_scope:
             raise RuntimeError("sparsify() changes the dense weights: leave the scope of masked() or expected() first")
         self._refresh()
         for name, chosen, choices in (("by", by, _SPARSIFY_BY), ("scope", scope, _SPARSIFY_SCOPES)):
@@ -444,6 +445,17 @@ def face_documentation(name: str, base: str, arguments: str, example: str) -> st
         ...     loss_fn(model(input), target).backward()
         ...     optimizer.step()
     """
+
+
+def impact_of(optimizer: Optimizer) -> Impact | None:
+    """The :class:`Impact` around an optimizer, or built into it; ``None`` if there is none."""
+    return vars(optimizer).get("_impact")
+
+
+def attached_impacts(module: nn.Module) -> list[Impact]:
+    """Those that are attached to some part of a module."""
+    owners = {masking.owner: None for masking in attached_maskings(module)}
+    return [owner for owner in owners if isinstance(owner, Impact)]
 
 
 def module_and_params(params: Any) -> tuple[nn.Module | None, Any]:

@@ -225,6 +225,11 @@ class Masking:
         self.displaced = False
         """Whether another engine has taken over an attached module."""
 
+    @property
+    def owner(self) -> MaskOwner | None:
+        """The engine, if it still lives."""
+        return self._owner()
+
     # -- attached modules --
 
     def attached(self) -> Iterator[nn.Module]:

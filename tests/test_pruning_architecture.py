@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from impact_optim.pruning.architecture import load_pruned, save_pruned
+from impact_optim.pruning.architecture import _digest, load_pruned, save_pruned
 from impact_optim.pruning.graph import trace
 from impact_optim.pruning.surgery import cut
 
@@ -200,7 +200,7 @@ def mobile():
     return mobilenet_v3_small(num_classes=5)
 
 
-@pytest.fixture(params=[transformer, residual, mobile], scope="module")
+@pytest.fixture(params=[transformer, residual, pytest.param(mobile, marks=pytest.mark.slow)], scope="module")
 def cut_network(request):
     """How it is built, cut by a third at random, and an input."""
     torch.manual_seed(0)
@@ -291,6 +291,61 @@ def edited(**changes):
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return edit
+
+
+def signed(change):
+    """Damage whose checksum has been made anew."""
+
+    def edit(path):
+        text = json.loads(path.read_text())
+        change(text["architecture"])
+        text["sha256"]["architecture"] = _digest(text["architecture"])
+        path.write_text(json.dumps(text))
+
+    return edit
+
+
+def with_attribute(layer, **attributes):
+    return signed(lambda architecture: architecture["sizes"][layer].update(attributes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (signed(lambda a: a["sizes"].update({"3": 3})), "its sizes are not what save_pruned"),
+        (signed(lambda a: a.pop("sizes")), "its sizes are not what"),
+        (signed(lambda a: a.update(types=[])), "its types are not what"),
+        (signed(lambda a: a["shapes"].update({"0.weight": None})), "its shapes are not what"),
+        (signed(lambda a: a["sizes"].pop("0")), "which no cut brings to None"),
+        (signed(lambda a: a["sizes"].update(nothing={"out_channels": 2})), "of 'nothing' is None here"),
+        (with_attribute("0", stride=[3, 3]), r"stride of '0' is \(1, 1\) here, which no cut brings to \[3, 3\]"),
+        (with_attribute("0", padding=[10**6] * 2), "padding of '0'"),
+        (with_attribute("0", out_channels=float("nan")), "its sizes are not what"),
+        (with_attribute("0", out_channels=True), "its sizes are not what"),
+        (with_attribute("0", out_channels=-4), "out_channels of '0' is 8 here, which no cut brings to -4"),
+        (with_attribute("0", out_channels=16), "out_channels of '0' is 8 here, which no cut brings to 16"),
+        (with_attribute("3", groups=1), "3 has a weight of the shape"),
+        (with_attribute("7", in_features=3), "7 has a weight of the shape"),
+        (lambda path: path.write_text("[" * 200000 + "]" * 200000), "damaged"),
+    ],
+)
+def test_what_no_cut_makes_is_refused_and_the_model_left_alone(damage, message, tmp_path):
+    save_pruned(pruned_convolutional(), tmp_path)
+    damage(tmp_path / "architecture.json")
+    model = fresh("convolutional")
+    before, looks = copy.deepcopy(model.state_dict()), repr(model)
+    with pytest.raises(ValueError, match=message):
+        load_pruned(model, tmp_path)
+    assert repr(model) == looks
+    assert_untouched(model, before)
+
+
+def test_what_a_module_counts_is_not_of_the_network(tmp_path):
+    model, other = fresh("attention"), fresh("attention")
+    model.calls = 7
+    save_pruned(model, tmp_path)
+    other.calls = 0
+    assert load_pruned(other, tmp_path).calls == 0
 
 
 def resized(path):

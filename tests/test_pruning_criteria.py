@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +23,9 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def gathered(responses: Tensor, labels: Tensor | None = None, **options: Any) -> UnitStatistics:
+def gathered(responses: Tensor, **options: Any) -> UnitStatistics:
     result = UnitStatistics(responses.shape[1], **options)
-    result.update(responses, 1, torch.arange(responses.shape[1]), labels)
+    result.update(responses, 1, torch.arange(responses.shape[1]))
     return result
 
 
@@ -54,7 +53,7 @@ def parameters_of(size: int) -> dict[str, Tensor]:
 def first_removed(name: str, responses: Tensor, **context: Any) -> int:
     """The unit that a criterion would remove first."""
     size = responses.shape[1]
-    statistics = {"conv": [gathered(responses, context.pop("labels", None), classes=context.pop("classes", 0))]}
+    statistics = {"conv": [gathered(responses)]}
     scores = CRITERIA[name](group_of(size), Context(parameters_of(size), statistics, **context))
     assert scores.shape == (size,)
     assert scores.isfinite().all()
@@ -78,13 +77,6 @@ def test_apoz_removes_the_unit_that_is_most_often_zero():
     a[:, 1] += 100.0
     a[:, 3] -= 1.5
     assert first_removed("apoz", a.relu()) == 3
-
-
-def test_class_information_removes_the_noise():
-    labels = torch.arange(N) % 4
-    a = labels.double().unsqueeze(1) + 0.1 * rand(N, 4)
-    a[:, 2] = 10 * rand(N)
-    assert first_removed("class_information", a, labels=labels, classes=4) == 2
 
 
 def test_rademacher_weighs_the_response_with_what_reads_it():
@@ -137,7 +129,6 @@ def test_scores_are_the_mean_over_the_places_where_a_unit_was_seen():
         ("entropy", Context({}), "no statistics of 'conv'"),
         ("entropy", Context({}, {"conv": [UnitStatistics(4)]}), "4 of 4 units of 'conv' have not been seen;"),
         ("apoz", Context({}, {"conv": [gathered(torch.full((3, 4), math.nan))]}), "12 responses were not finite"),
-        ("class_information", Context({}, {"conv": [gathered(rand(3, 4))]}), "no histogram per class"),
         ("importance", Context(parameters_of(4)), "no importances of the weights of 'conv'"),
         ("l1", Context({}), "no weights produce"),
     ],
@@ -178,12 +169,6 @@ def drawn(sizes: list[int], seed: int) -> tuple[dict[str, Tensor], dict[str, Any
     return scores, {"statistics": statistics, "costs": costs}
 
 
-def removal(*args: Any, **options: Any) -> dict[str, Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return units_to_remove(*args, **options)
-
-
 def stops(size: int, round_to: int, min_units: int, max_ratio: float) -> list[int]:
     """How many units may go, the slow way."""
     while round_to > 1 and 2 * round_to > size:
@@ -199,7 +184,7 @@ def test_the_budget_is_met_within_half_a_step_and_all_limits_hold(sizes, seed, f
     if by_unit:
         del rest["costs"]
     costs = rest.get("costs", {name: torch.ones(len(score)) for name, score in scores.items()})
-    removed = removal(scores, fraction, **rest, **options)
+    removed = units_to_remove(scores, fraction, **rest, **options)
     total = sum(cost.sum().item() for cost in costs.values())
     reached = sum(costs[name][gone].sum().item() for name, gone in removed.items())
     steps, exhausted = [0.0], True
@@ -223,7 +208,7 @@ def test_the_budget_is_met_within_half_a_step_and_all_limits_hold(sizes, seed, f
 @given(sizes=sizes, seed=st.integers(0, 1000), fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)), options=options)
 def test_a_larger_budget_removes_the_same_units_and_more(sizes, seed, fractions, options):
     scores, rest = drawn(sizes, seed)
-    less, more = (removal(scores, fraction, **rest, **options) for fraction in sorted(fractions))
+    less, more = (units_to_remove(scores, fraction, **rest, **options) for fraction in sorted(fractions))
     for name, gone in less.items():
         assert set(gone.tolist()) <= set(more[name].tolist())
 
@@ -231,10 +216,10 @@ def test_a_larger_budget_removes_the_same_units_and_more(sizes, seed, fractions,
 @pytest.mark.parametrize("split", SPLITS)
 def test_it_is_deterministic_and_nothing_is_removed_of_nothing(split):
     scores, rest = drawn([16, 24, 64], 0)
-    first, second = (removal(scores, 0.4, split=split, **rest) for _ in range(2))
+    first, second = (units_to_remove(scores, 0.4, split=split, **rest) for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert removal(scores, 0.0, split=split, **rest) == {}
+    assert units_to_remove(scores, 0.0, split=split, **rest) == {}
 
 
 def counts(removed: dict[str, Tensor]) -> dict[str, int]:
@@ -245,7 +230,7 @@ def counts(removed: dict[str, Tensor]) -> dict[str, int]:
 @given(sizes=st.lists(st.integers(20, 200), min_size=1, max_size=4), fraction=st.floats(0, 0.9))
 def test_uniform_takes_the_same_share_of_each_layer(sizes, fraction):
     scores = {str(i): rand(size, seed=i) for i, size in enumerate(sizes)}
-    removed = removal(scores, fraction, round_to=1)
+    removed = units_to_remove(scores, fraction, round_to=1)
     for name, score in scores.items():
         assert len(removed.get(name, ())) == pytest.approx(fraction * len(score), abs=1.0 + fraction * len(sizes))
 
@@ -306,8 +291,7 @@ def test_costs_make_a_budget_of_them():
 
 def test_limits_may_differ_by_group():
     scores = {"a": torch.arange(16.0), "b": torch.arange(16.0)}
-    with pytest.warns(UserWarning, match=r"let 0\.500 be removed, not 0\.900"):
-        removed = units_to_remove(scores, 0.9, round_to={"a": 8, "b": 1}, min_units={"a": 8, "b": 8})
+    removed = units_to_remove(scores, 0.9, round_to={"a": 8, "b": 1}, min_units={"a": 8, "b": 8})
     assert counts(removed) == {"a": 8, "b": 8}
     assert counts(units_to_remove(scores, 0.1, round_to={"a": 8, "b": 1})) == {"b": 3}
 
@@ -316,7 +300,7 @@ def test_limits_may_differ_by_group():
 def test_small_layers_are_rounded_to_less(size, left):
     removed = units_to_remove({"a": rand(size)}, (size - left) / size)
     assert len(removed["a"]) == size - left
-    assert removal({"a": rand(size)}, 0.4 * (size - left) / size) == {}
+    assert units_to_remove({"a": rand(size)}, 0.4 * (size - left) / size) == {}
 
 
 def test_units_per_step_counts_channels():

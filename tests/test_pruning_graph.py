@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -357,6 +360,69 @@ def inputs_and_outputs_of_all_kinds() -> Case:
     return Case(model, inputs, {"a": 6}, {"out": (-1, of("a", 6))})
 
 
+@case
+def the_larger_of_two_halves() -> Case:
+    model = Run(lambda m, x: m.out(torch.max(*m.one(x).chunk(2, 1))), one=nn.Conv2d(3, 8, 1), out=nn.Conv2d(4, 2, 1))
+    return Case(model, image(), {"one": 4}, {"out": (1, of("one", 4))})
+
+
+@case
+def types_of_others() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(m.one(x))
+        h = h + torch.arange(x.shape[1]).type_as(h)[:, None] / torch.tensor(3).type_as(h)
+        return m.out((h * (x.sum(-1, keepdim=True) > 0).type_as(h)).float().type_as(x))
+
+    model = Run(forward, one=nn.Linear(12, 12), out=nn.Linear(12, 2))
+    return Case(model, tokens(), {"one": 12}, {"out": (-1, of("one", 12))})
+
+
+@case
+def zeros_through_a_norm() -> Case:
+    model = Run(
+        lambda m, x: m.out(
+            m.norm(h := m.one(x)) + 0 * m.other(torch.zeros_like(h)) + torch.ones_like(h).amax((2, 3), True)
+        ),
+        one=nn.Conv2d(3, 6, 1),
+        norm=nn.BatchNorm2d(6),
+        other=nn.BatchNorm2d(6),
+        out=nn.Conv2d(6, 2, 1),
+    )
+    return Case(model, image(), {"one": 6}, {"out": (1, of("one", 6))})
+
+
+@case
+def a_part_of_each_unit_is_written_to() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.one(x).clone()
+        h[:, :, :3] *= 2
+        h[..., 0] = 1
+        return m.out(h)
+
+    model = Run(forward, one=nn.Conv2d(3, 6, 1), out=nn.Conv2d(6, 2, 1))
+    return Case(model, image(), {"one": 6}, {"out": (1, of("one", 6))})
+
+
+class SizesOfItsOwn(nn.Module):
+    """As the code of others has them: properties of the weight instead of attributes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    in_features = property(lambda self: self.weight.shape[1])
+    out_features = property(lambda self: self.weight.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@case
+def sizes_that_are_properties() -> Case:
+    model = nn.Sequential(SizesOfItsOwn(12, 6), nn.ReLU(), SizesOfItsOwn(6, 2))
+    return Case(model, tokens(), {"0": 6}, {"2": (-1, of("0", 6))})
+
+
 # -- attention: a head is a unit --
 
 
@@ -473,6 +539,48 @@ def test_an_attribute_of_what_stays_does_not_follow_what_has_as_many_units() -> 
     assert difference(run(reference, inputs), run(model, inputs)) < 1e-12
 
 
+class Resized(nn.Module):
+    """Has as many channels as the image that it gives has rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out_size, self.conv, self.head = 8, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.interpolate(F.relu(self.conv(x)), size=(self.out_size, self.out_size)))
+
+
+class Context(nn.Module):
+    """Takes as many tokens at most as it has hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block_size, self.up, self.down = 8, nn.Linear(12, 8), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] <= self.block_size or not self.training
+        return self.down(F.relu(self.up(x[:, -self.block_size :]))).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "group", "attribute"),
+    [
+        (Resized(), image(), "conv", "out_size"),
+        (Context(), tokens(length=9), "up", "block_size"),  # it takes part, and must not change
+        (Context(), tokens(length=4), "up", "block_size"),  # nothing shows what it is for
+    ],
+)
+def test_attributes_with_the_number_of_units_by_chance_stay(
+    model: nn.Module, inputs: Any, group: str, attribute: str
+) -> None:
+    graph = trace(randomised(model), inputs)
+    assert {name: units.size for name, units in graph.groups.items()} == {group: 8}
+    reference = deafened(model, graph, {group: [0, 3, 4]})
+    cut(model, graph, {group: [0, 3, 4]})
+    assert getattr(model, attribute) == 8
+    assert difference(run(reference, inputs), run(model, inputs)) < 1e-12
+
+
 # -- what cannot be cut --
 
 
@@ -510,6 +618,25 @@ class Fixed(nn.Module):
             y = torch.zeros(2, 5, 8, dtype=h.dtype)
             y[:] = h
             h = y
+        elif self.how in ("half", "first", "copied", "zero", "flat"):
+            h = h.clone() if self.how != "flat" else h.transpose(1, 2).contiguous().flatten(1).view(2, 8, 5).mT
+            part = h[..., : h.shape[-1] // 2] if self.how == "half" else h[..., :4]
+            if self.how == "copied":
+                part.copy_(2 * part)
+            elif self.how == "zero":
+                h[..., 4:6] = 0
+            else:
+                part *= 2
+        elif self.how == "marked":
+            marks = torch.zeros_like(h)
+            marks[..., :4] = 1
+            h = h * marks
+        elif self.how == "number of ones":
+            h = h / torch.ones_like(h).sum(-1, keepdim=True)
+        elif self.how == "constant":
+            h = h / torch.tensor(h.shape[-1])
+        elif self.how == "first of two":
+            h = torch.max(torch.zeros((), dtype=h.dtype), h).mean(-1, keepdim=True).expand(2, 5, 8)
         elif self.how == "branch" and h.shape[-1] != 8:
             h = h.relu()
         elif self.how == "roll":
@@ -536,6 +663,15 @@ class Fixed(nn.Module):
         ("branch", "number of units"),
         ("padding", "add"),
         ("roll", "linear"),
+        ("half", "by position"),
+        ("first", "by position"),
+        ("copied", "by position"),
+        ("zero", "by position"),
+        ("flat", "by position"),
+        ("marked", "not cut"),
+        ("number of ones", "number of units"),
+        ("constant", "number of units"),
+        ("first of two", "mixes"),
     ],
 )
 def test_what_cannot_be_cut_is_named(how: str, why: str) -> None:
@@ -609,6 +745,77 @@ def test_a_head_that_only_training_reads_is_cut_as_well() -> None:
     assert [part.shape for part in model.train()(*tokens())] == [(2, 5, 3), (2, 5, 2)]
 
 
+class Noisy(nn.Module):
+    """Code that only training runs."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b, self.aside = how, nn.Linear(12, 6), nn.Linear(6, 2), nn.Parameter(torch.ones(6))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        if self.training:
+            if self.how == "buffer":
+                self.mean.lerp_(h.detach().mean((0, 1)), 0.1)
+            elif self.how == "noise":
+                h = h + torch.randn(*x.shape[:-1], 6)
+            elif self.how == "chance" and torch.rand(()) < 0.5:
+                h = h * self.aside
+        return self.b(h)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("buffer", None), ("noise", "cannot follow"), ("chance", "aside is for, which only training uses")]
+)
+def test_what_only_training_runs_follows_or_is_refused(how: str, why: str | None) -> None:
+    model, inputs = Noisy(how), (torch.randn(2, 5, 12),)
+    graph = trace(model, inputs)
+    assert (why or "") in graph.frozen.get("a", "")
+    if why is None:
+        cut(model, graph, {"a": [1, 4]})
+        assert model.mean.shape == (4,)
+    else:
+        assert not graph.groups
+    outputs(model.train(), inputs)[0].sum().backward()
+
+
+def test_what_a_buffer_holds_is_an_input() -> None:
+    model = Run(
+        lambda m, x: m.out(F.relu(m.a(x)) + m.table(m.places)),
+        a=nn.Linear(12, 6),
+        table=nn.Linear(2, 6),
+        out=nn.Linear(6, 2),
+    )
+    model.register_buffer("places", torch.randn(5, 2))
+    graph = trace(randomised(model), tokens())
+    assert list(graph.groups) == ["a"]
+    assert "no parameter makes it" in graph.frozen["places"]
+
+
+def test_weights_that_an_operator_without_a_rule_takes_are_named() -> None:
+    class Quantised(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return torch.fake_quantize_per_tensor_affine(weight, 0.01, 0, -128, 127)
+
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
+    for layer in (model[0], model[2]):
+        nn.utils.parametrize.register_parametrization(layer, "weight", Quantised())
+    graph = trace(model, (torch.randn(2, 12),))
+    assert not graph.groups
+    assert all("aten::fake_quantize_per_tensor_affine" in graph.frozen[name] for name in ("0", "2"))
+
+
+def test_an_output_of_an_unknown_type_is_named() -> None:
+    class Cache:
+        def __init__(self, keys: Tensor) -> None:
+            self.keys = keys
+
+    model = Run(lambda m, x: (m.b(h := m.a(x)), Cache(h)), a=nn.Linear(12, 6), b=nn.Linear(6, 2))
+    with pytest.raises(RuntimeError, match=r"its output contains a Cache.*use_cache=False"):
+        trace(model, (torch.randn(2, 12),))
+
+
 def test_an_untraceable_model_is_named_with_the_line() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.b(x) if x.sum() > 0 else x
@@ -642,6 +849,73 @@ def test_an_untraceable_module_can_be_ignored() -> None:
     cut(model, graph, {"c": [0, 5]})
     inputs = tokens()
     assert difference(run(reference, inputs), run(model, inputs)) < 1e-12
+
+
+@functools.lru_cache
+def positions(length: int) -> Tensor:
+    return torch.linspace(0, 1, length)
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+class Caching(nn.Module):
+    """Keeps a table where it finds room."""
+
+    table: Tensor | None = None
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.a, self.b = where, nn.Linear(12, 6), nn.Linear(6, 2)
+        self.ordered, self.object, self.nested = OrderedDict[int, Tensor](), SimpleNamespace(table=None), {"a": [{}]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        if self.where == "function":
+            table = positions(length)
+        elif self.where in ("class", "object"):
+            keeper = type(self) if self.where == "class" else self.object
+            if keeper.table is None:
+                keeper.table = torch.linspace(0, 1, length)
+            table = keeper.table
+        else:
+            tables = {"file": TABLES, "ordered": self.ordered, "nested": self.nested["a"][0]}[self.where]
+            if length not in tables:
+                tables[length] = torch.linspace(0, 1, length)
+            table = tables[length]
+        return self.b(F.relu(self.a(x + table[:, None])))
+
+
+@pytest.mark.parametrize("where", ["function", "class", "object", "file", "ordered", "nested"])
+def test_no_cache_keeps_tensors_without_data(where: str) -> None:
+    model, inputs = Caching(where), (torch.randn(2, 5, 12),)
+    graph = trace(model, inputs)
+    assert list(graph.groups) == ["a"]
+    before = run(deafened(model, graph, {"a": [2]}), inputs)
+    cut(model, graph, {"a": [2]})
+    output = model(*inputs)
+    assert type(output) is Tensor
+    assert difference(before, [output.detach()]) < 1e-6
+    Caching.table = None
+    TABLES.clear()
+
+
+def test_numbers_that_code_takes_out_of_tensors() -> None:
+    class Logging(nn.Module):
+        def __init__(self, decides: bool) -> None:
+            super().__init__()
+            self.decides, self.a, self.b, self.last = decides, nn.Linear(12, 6), nn.Linear(6, 2), 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.a(x))
+            self.last = h.detach().abs().max().item()
+            return self.b(2 * h if self.decides and self.last > 1 else h)
+
+    model = Logging(False)
+    assert list(trace(model, (torch.randn(2, 12),)).groups) == ["a"]
+    assert model.last == 0.0
+    with pytest.raises(RuntimeError, match=r"the model itself \(.*test_pruning_graph.py:\d+\)"):
+        trace(Logging(True), (torch.randn(2, 12),))
 
 
 def test_tracing_leaves_the_model_as_it_was() -> None:

@@ -94,10 +94,7 @@ HEADS = {
     "vit": 8,
 }
 """Heads, or groups of heads that share keys and values, that can be cut."""
-QUICK = [
-    "torchvision/shufflenet_v2_x0_5", "torchvision/resnet18", "timm/vit_tiny_patch16_224", "transformers/gpt2",
-    "transformers/llama",
-]  # fmt: skip
+QUICK = ["transformers/gpt2"]
 
 SIDES = {"vit_h_14": 28, "vit": 32, "inception_v3": 299, "maxvit_t": 224, "ssd300": 300}
 """Sides of the images that models see, by the beginning of their names; all others see 64 x 64."""

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from impact_optim import ImpactSGD
-from impact_optim.pruning.repair import repair, select
+from impact_optim import Impact, ImpactAdamW, ImpactSGD
+from impact_optim.pruning.pruner import ActivationPruner
+from impact_optim.pruning.repair import repair, select, with_state
 from impact_optim.pruning.surgery import PruneRecord
 
 KEPT = torch.tensor([0, 1, 3, 6])  # of the 8 hidden units of a network()
@@ -184,48 +185,125 @@ def test_lbfgs_is_refused_once_it_has_a_history():
         repair(RECORDS, model, optimizers=optimizer)
 
 
-# ------------------------------------------------------------------------------- ImpactSGD
+# ------------------------------------------------------------------------------- importances, masks and zeros
 
 
-@pytest.mark.parametrize("simplex", ["group", "tensor"])
-@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"importance": "hypergradient"}])
-def test_importances_keep_their_ratios_and_their_mean(simplex, options):
+def around(kind, model, **options):
+    base = kind(model.parameters(), lr=0.02)
+    return Impact(model, base, **options), base
+
+
+IMPACTS = {
+    "ImpactSGD": lambda model, **options: (ImpactSGD(model, lr=0.05, momentum=0.9, **options),) * 2,
+    "ImpactAdamW": lambda model, **options: (ImpactAdamW(model, lr=0.02, **options),) * 2,
+    "Impact(RMSprop)": lambda model, **options: around(torch.optim.RMSprop, model, **options),
+}
+
+
+@pytest.fixture(params=IMPACTS)
+def impact_on(request):
+    """Builds the engine and the optimizer that takes the steps, which may be one and the same."""
+    return IMPACTS[request.param]
+
+
+@pytest.mark.parametrize("handed_in", [0, 1], ids=["engine", "optimizer"])
+@pytest.mark.parametrize("importance", ["saliency", "hypergradient"])
+def test_importances_keep_their_ratios_and_their_mean(impact_on, handed_in, importance):
     model = network()
-    optimizer = ImpactSGD(model, lr=0.05, drop_rate=0.3, importance_lr=0.3, kl_weight=0.1, simplex=simplex, **options)
+    both = impact_on(model, drop_rate=0.3, importance_lr=0.3, kl_weight=0.1, importance=importance)
+    impact, optimizer = both
     for seed in range(6):
         step(model, optimizer, seed)
-    before = {name: optimizer.importance(p) for name, p in model.named_parameters()}
+    before = {name: impact.importance(p) for name, p in model.named_parameters()}
     assert before["0.weight"].max() > 1.2 * before["0.weight"].min()
-    direction = "momentum_buffer" if "momentum" in options else "direction"
-    buffer = optimizer.state[model[0].weight][direction].clone()
+    names = {p: name for name, p in model.named_parameters()}
+    entries = {names[p]: copy.deepcopy(state) for p, state in optimizer.state.items()}
+    assert ("last_step" in entries["0.weight"]) == (importance == "hypergradient")
 
     shrink(model)
-    repair(RECORDS, model, optimizers=optimizer)
+    repair(RECORDS, model, optimizers=both[handed_in])
 
-    kept = [before["0.weight"][KEPT], before["2.weight"][:, KEPT]]
-    joined = [torch.cat([w.flatten() for w in kept])] * 2 if simplex == "group" else kept
-    for layer, w, simplex_of_w in zip((model[0], model[2]), kept, joined, strict=True):
-        torch.testing.assert_close(optimizer.importance(layer.weight), w / simplex_of_w.mean())
-    assert torch.equal(optimizer.state[model[0].weight][direction], buffer[KEPT])
+    kept = {"0.weight": before["0.weight"][KEPT], "2.weight": before["2.weight"][:, KEPT]}
+    mean = torch.cat([w.flatten() for w in kept.values()]).mean()
+    for name, w in kept.items():
+        torch.testing.assert_close(impact.importance(model.get_parameter(name)), w / mean)
+    for p, state in optimizer.state.items():
+        assert state.keys() == entries[names[p]].keys()
+        for key, value in state.items():
+            assert torch.equal(value, cut_by_hand(names[p], key, entries[names[p]][key]))
     for seed in range(6, 9):
         step(model, optimizer, seed)
-    rows = optimizer.importance_summary()
+    rows = impact.importance_summary()
     dropped = sum(row.numel * row.drop_rate for row in rows) / sum(row.numel for row in rows)
     assert dropped == pytest.approx(0.3, abs=1e-4)
-    w = torch.cat([optimizer.importance(p).flatten() for p in model.parameters() if p.dim() == 2])
+    w = torch.cat([impact.importance(p).flatten() for p in model.parameters() if p.dim() == 2])
     assert w.mean().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_masks_drawn_before_the_cut_are_forgotten():
-    """A forward pass without a step leaves masks of the old shape behind."""
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_masks_drawn_before_the_cut_are_cut(impact_on, is_fresh):
+    """A forward pass without a step leaves masks of the old shape behind; a gradient is of the mask that it saw."""
     model = network()
-    optimizer = ImpactSGD(model, lr=0.05, momentum=0.9, drop_rate=0.3)
-    step(model, optimizer, 0)
-    model(torch.ones(2, 5).double())
+    impact, optimizer = impact_on(model, drop_rate=0.3)
+    if not is_fresh:
+        step(model, optimizer, 0)
+    optimizer.zero_grad()
+    model(torch.ones(2, 5).double()).square().sum().backward()
+    with impact.masked():
+        kept = model[0].weight[KEPT] != 0
     shrink(model)
     repair(RECORDS, model, optimizers=optimizer)
+    with impact.masked():
+        assert torch.equal(model[0].weight != 0, kept)
+    optimizer.step()  # with the gradient of before the cut
     step(model, optimizer, 1)
     assert model[0].weight.shape == (4, 5)
+
+
+def test_zeros_that_are_held_stay_zero(impact_on):
+    model = network()
+    impact, optimizer = impact_on(model, drop_rate=0.0)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    impact.sparsify(0.5)
+    step(model, optimizer, 3)
+    zero = {"0.weight": (model[0].weight == 0)[KEPT], "2.weight": (model[2].weight == 0)[:, KEPT]}
+    assert all(0 < mask.sum() < mask.numel() for mask in zero.values())
+    shrink(model)
+    repair(RECORDS, model, optimizers=impact)
+    for seed in range(4, 7):
+        step(model, optimizer, seed)
+        for name, mask in zero.items():
+            p = model.get_parameter(name)
+            assert torch.equal(p == 0, mask)
+            assert torch.equal(impact.importance(p) == 0, mask)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_impact_around_two_optimizers_stands_for_both():
+    model = network()
+    muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.02)
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.dim() != 2], lr=0.02)
+    impact = Impact(model, [muon, adamw], drop_rate=0.3)
+    x = torch.ones(2, 5).double()
+
+    def train():
+        impact_loss = model(x).square().sum()
+        for optimizer in (muon, adamw):
+            optimizer.zero_grad()
+        impact_loss.backward()
+        for optimizer in (muon, adamw):
+            optimizer.step()
+
+    train()
+    with pytest.raises(ValueError, match=r"AdamW trains this Sequential with masks.*hand it in, as optimizer="):
+        ActivationPruner(model, x[:1], {1: 0.5}, optimizer=muon)
+    assert ActivationPruner(model, x[:1], {1: 0.5}, optimizer=impact).optimizers == [muon, adamw]
+    shrink(model)
+    repair(RECORDS, model, optimizers=impact)
+    for optimizer in (muon, adamw):
+        assert all(v.shape == p.shape for p, s in optimizer.state.items() for v in s.values() if v.dim())
+    train()
 
 
 # ------------------------------------------------------------------------------- groups, copies, several
@@ -288,7 +366,7 @@ class Custom(torch.optim.SGD):
     """Keeps the state that it is given."""
 
 
-def with_state(**entries):
+def holding(**entries):
     model = network()
     optimizer = Custom(model.parameters(), lr=0.1, momentum=0.9)
     step(model, optimizer, 0)
@@ -308,7 +386,7 @@ def with_state(**entries):
     ],
 )
 def test_state_that_does_not_fit_is_named_and_nothing_changes(entries, error, names):
-    model, optimizer = with_state(**entries)
+    model, optimizer = holding(**entries)
     plain = torch.optim.Adam(model.parameters())
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(error) as info:
@@ -341,7 +419,7 @@ def test_a_square_parameter_makes_its_row_statistics_ambiguous():
 
 
 def test_reduced_state_is_cut_along_the_dimensions_it_has():
-    model, optimizer = with_state(row=torch.arange(8.0), column=torch.arange(5.0), rows=torch.arange(8.0)[:, None])
+    model, optimizer = holding(row=torch.arange(8.0), column=torch.arange(5.0), rows=torch.arange(8.0)[:, None])
     repair(RECORDS, model, optimizers=optimizer)
     state = optimizer.state[model[0].weight]
     assert torch.equal(state["row"], KEPT.float())
@@ -392,6 +470,71 @@ def test_an_optimizer_that_refuses_its_new_state_leaves_the_others_alone():
         repair(RECORDS, model, optimizers=[first, second])
     assert first.state[model[0].weight]["momentum_buffer"].shape == (8, 5)
     assert second.state[model[2].weight]["momentum_buffer"].shape == (3, 8)
+
+
+# ------------------------------------------------------------------------------- optimizers around others
+
+
+class Shows(torch.optim.Optimizer):
+    """Shows the state of the optimizer inside, as accelerate's does."""
+
+    state = property(lambda self: self.inside["one"][0].state)
+    param_groups = property(lambda self: self.inside["one"][0].param_groups)
+    defaults = property(lambda self: self.inside["one"][0].defaults)
+
+    def __init__(self, optimizer):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}  # as torch looks for them
+        self.inside = {"one": [optimizer]}
+
+    def step(self):
+        self.inside["one"][0].step()
+
+
+class Averages(torch.optim.Optimizer):
+    """Has state of its own beside that of the optimizer inside, as SAM and Lookahead do."""
+
+    def __init__(self, optimizer):
+        self.base = optimizer
+        super().__init__(optimizer.param_groups, {})
+        self.param_groups = optimizer.param_groups
+
+    def step(self):
+        self.base.step()
+        for group in self.param_groups:
+            for param in group["params"]:
+                slow = self.state[param].setdefault("slow", torch.zeros_like(param))
+                slow.lerp_(param.detach(), 0.5)
+
+
+class Copies(Shows):
+    """Shows what no optimizer inside keeps."""
+
+    state = property(lambda self: dict(self.inside["one"][0].state))
+
+
+@pytest.mark.parametrize("wrap", [Shows, Averages, lambda o: Shows(Averages(o)), lambda o: Averages(Shows(o))])
+def test_the_optimizer_inside_another_is_cut(wrap):
+    model = network()
+    inside = build("Adam", model)
+    optimizer = wrap(inside)
+    step(model, optimizer, 0)
+    shrink(model)
+    repair(RECORDS, model, optimizers=optimizer)
+    assert inside.state[model[0].weight]["exp_avg"].shape == (4, 5)
+    for keeps in with_state(optimizer):
+        assert all(v.shape == p.shape for p, s in keeps.state.items() for v in s.values() if v.dim())
+    step(model, optimizer, 1)
+    repair([], model, optimizers=[optimizer, inside])
+    assert sum(keeps is inside for keeps in with_state([optimizer, inside])) == 1
+
+
+def test_a_wrapper_that_hides_its_state_is_refused_at_once():
+    model = network()
+    optimizer = Copies(build("Adam", model))
+    with pytest.raises(TypeError, match=r"Copies shows the state .* hand in the optimizers inside"):
+        ActivationPruner(model, torch.zeros(1, 5), {1: 0.5}, optimizer=optimizer)
+    with pytest.raises(TypeError, match=r"ReLU is no torch.optim.Optimizer"):
+        ActivationPruner(model, torch.zeros(1, 5), {1: 0.5}, optimizer=[nn.ReLU()])
 
 
 # ------------------------------------------------------------------------------- several cuts, memory

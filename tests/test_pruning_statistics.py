@@ -31,8 +31,6 @@ from impact_optim.pruning.statistics import (
     coarsened,
     complexity_lost,
     entropy,
-    levels,
-    mutual_information,
     observed,
     rademacher_complexity,
     rademacher_signs,
@@ -46,10 +44,10 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def gathered(responses: Tensor, labels: Tensor | None = None, **options: Any) -> UnitStatistics:
+def gathered(responses: Tensor, **options: Any) -> UnitStatistics:
     """Statistics of [samples, units] in one batch."""
     result = UnitStatistics(responses.shape[1], **options)
-    result.update(responses, 1, torch.arange(responses.shape[1]), labels)
+    result.update(responses, 1, torch.arange(responses.shape[1]))
     return result
 
 
@@ -76,55 +74,12 @@ def test_entropy_is_the_formula(counts):
 
 
 @quick
-@given(seed=seeds, classes=st.integers(1, 5), bins=st.integers(1, 6))
-def test_mutual_information_is_what_the_class_takes_off_the_entropy(seed, classes, bins):
-    """H(A) - H(A|Y) from the conditional histograms, with so many samples that the correction vanishes."""
-    counts = torch.randint(1, 100, (classes, bins), generator=torch.Generator().manual_seed(seed)) * 10**7
-    share = counts.sum(1).double() / counts.sum()
-    expected = entropy(counts.sum(0)) - (share * entropy(counts)).sum()
-    assert mutual_information(counts.unsqueeze(1)).item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_mutual_information_of_few_samples_is_not_taken_for_knowledge():
-    """The plug-in estimate of independent variables grows with the bins, the corrected one stays near 0."""
-    corrected, plug_in = [], []
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        cells = torch.randint(10 * 16, (1500,), generator=generator)
-        counts = torch.bincount(cells, minlength=160).view(10, 16)
-        corrected.append(mutual_information(counts.unsqueeze(1)).item())
-        plug_in.append((entropy(counts.sum(0)) + entropy(counts.sum(1)) - entropy(counts.flatten())).item())
-    assert sum(plug_in) / 20 > 0.05
-    assert sum(corrected) / 20 < 0.01
-
-
-def test_mutual_information_of_a_unit_that_knows_the_class():
-    assert mutual_information(torch.eye(8, dtype=torch.int64).unsqueeze(1) * 10**6).item() == pytest.approx(3.0, 1e-4)
-
-
-@quick
 @given(seed=seeds, shift=st.integers(0, 12))
 def test_joining_bins_is_counting_on_wide_ones(seed, shift):
     place = torch.randint(-32, 32, (200,), generator=torch.Generator().manual_seed(seed))
     fine = torch.bincount(place + 32, minlength=64).view(1, 64)
     wide = torch.tensor([math.floor(k / 2**shift) for k in place.tolist()])
     assert torch.equal(coarsened(fine, torch.tensor([shift])), torch.bincount(wide + 32, minlength=64).view(1, 64))
-
-
-@quick
-@given(counts=st.lists(st.integers(0, 9), min_size=8, max_size=8).filter(any), number=st.integers(1, 12), lead=seeds)
-def test_levels_cover_the_occupied_range(counts, number, lead):
-    lead = lead % 20
-    fine = torch.tensor([0] * lead + counts + [0] * 5).view(1, 1, -1)
-    result = levels(fine, number).flatten()
-    assert result.sum() == sum(counts)
-    assert len(result) == number
-    occupied = [i for i, c in enumerate(counts) if c]
-    if occupied[-1] - occupied[0] + 1 >= number:
-        assert result[0] > 0  # where the first and last occupied bins land
-        assert result[-1] > 0
-    assert result.count_nonzero() <= len(occupied)
-    assert torch.equal(result, levels(torch.tensor(counts).view(1, 1, -1), number).flatten())
 
 
 def test_entropy_is_on_bins_of_one_width():
@@ -136,15 +91,6 @@ def test_entropy_is_on_bins_of_one_width():
     assert torch.equal(gathered(-a).entropy().round(decimals=1), values.round(decimals=1))
     scaled = gathered(a * 1.4).entropy()
     torch.testing.assert_close(scaled[:2] - scaled[1:3], values[:2] - values[1:3], atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize("scale", [0.3, 1.1, 1.9, 1e6])
-def test_class_information_does_not_depend_on_the_scale(scale):
-    labels = torch.randint(3, (4000,))
-    a = torch.stack([labels + 0.5 * rand(4000), labels + 3 * rand(4000)], 1)
-    expected = gathered(a, labels, classes=3).class_information()
-    actual = gathered(a * torch.tensor([scale, 1.0]), labels, classes=3).class_information()
-    torch.testing.assert_close(actual, expected, atol=0.03, rtol=0)
 
 
 # -- Rademacher complexity ------------------------------------------------------------------------------------------
@@ -288,13 +234,11 @@ def test_channels_find_their_units(where):
         if unit in order:
             channel = order.index(unit)
             torch.testing.assert_close(stats.energy[unit], alone.energy[channel])
-            assert torch.equal(stats.counts[:, unit], alone.counts[:, channel])
+            assert torch.equal(stats.counts[unit], alone.counts[channel])
             assert stats.positive[unit] == (activation[:, channel] > 0).sum()
             assert stats.positions[unit] == 7 * 3
         else:
-            assert (
-                stats.seen[unit] == stats.positions[unit] == stats.nonfinite[unit] == stats.counts[:, unit].sum() == 0
-            )
+            assert stats.seen[unit] == stats.positions[unit] == stats.nonfinite[unit] == stats.counts[unit].sum() == 0
 
 
 @quick
@@ -381,7 +325,6 @@ def test_merging_leaves_the_other_as_it_was_and_takes_none_of_other_options(scal
     for other in (
         UnitStatistics(4),
         UnitStatistics(3, bins=64),
-        UnitStatistics(3, classes=2),
         UnitStatistics(3, seed=1),
     ):
         with pytest.raises(ValueError, match="the other statistics"):
@@ -402,7 +345,7 @@ def test_what_is_not_finite_is_counted_and_left_out(seed, bad, share):
     for unit in range(2):
         good = ~where[:, unit].any(1)
         clean = gathered(a[good, unit].mean(1, keepdim=True))
-        assert torch.equal(stats.counts[0, unit], clean.counts[0, 0])
+        assert torch.equal(stats.counts[unit], clean.counts[0])
         assert stats.seen[unit] == good.sum()
         assert stats.nonfinite[unit] == (~good).sum()
         assert stats.positive[unit] == (a[good, unit] > 0).sum()
@@ -424,35 +367,16 @@ def test_state_entropy_and_active_share():
     assert stats.state_entropy()[[0, 3]].tolist() == [0.0, 0.0]
 
 
-def test_class_information_is_high_for_the_unit_that_knows_the_class_and_low_for_noise_and_silence():
-    labels = torch.randint(4, (4000,))
-    know = labels.double() + 0.1 * rand(4000)
-    stats = gathered(torch.stack([know, rand(4000), torch.zeros(4000).double()], 1), labels, classes=4)
-    information = stats.class_information()
-    assert information[0] == pytest.approx(2.0, abs=0.2)
-    assert information[1] < 0.02
-    assert information[2] == 0.0
-    assert stats.entropy()[1] > stats.entropy()[2]  # entropy alone cannot tell noise
-
-
-def test_samples_of_no_class_enter_everything_but_the_histogram():
-    a, labels = rand(10, 2), torch.tensor([0, 1, -100, 2, 1, 0, 3, 1, 0, 1])
-    stats = gathered(a, labels, classes=3)
-    assert stats.counts.sum((1, 2)).tolist() == [6, 8, 2]
-    assert stats.seen.tolist() == [10, 10]
-    torch.testing.assert_close(stats.projections, gathered(a).projections)
-
-
 @quick
 @given(seed=seeds, kept=st.lists(st.integers(0, 5), unique=True))
 def test_kept_units_keep_their_statistics(seed, kept):
-    a, labels = rand(30, 6, seed=seed), torch.randint(3, (30,), generator=torch.Generator().manual_seed(seed))
-    stats, alone = gathered(a, labels, classes=3), gathered(a[:, kept], labels, classes=3)
+    a = rand(30, 6, seed=seed)
+    stats, alone = gathered(a), gathered(a[:, kept])
     stats.keep(torch.tensor(kept, dtype=torch.int64))
     assert stats.size == len(kept)
     assert_same(stats, alone, rtol=1e-12)
-    stats.update(a[:, kept], 1, torch.arange(len(kept)), labels)
-    alone.update(a[:, kept], 1, torch.arange(len(kept)), labels)
+    stats.update(a[:, kept], 1, torch.arange(len(kept)))
+    alone.update(a[:, kept], 1, torch.arange(len(kept)))
     assert_same(stats, alone, rtol=1e-12)
 
 
@@ -475,12 +399,12 @@ def test_a_checkpoint_resumes_exactly(tmp_path):
 
 
 def test_many_samples_are_taken_in_by_parts(monkeypatch):
-    a, labels = rand(100, 4, 2), torch.randint(3, (100,))
+    a = rand(100, 4, 2)
     results = []
     for rows in (100, 7):
         monkeypatch.setattr(statistics_module, "_ROWS", rows)
-        stats = UnitStatistics(2, classes=3)
-        stats.update(a, 1, torch.tensor([0, 1, 1, -1]), labels)
+        stats = UnitStatistics(2)
+        stats.update(a, 1, torch.tensor([0, 1, 1, -1]))
         results.append(stats)
     assert_same(*results, rtol=1e-12)
     assert results[1].samples == 100
@@ -501,21 +425,20 @@ def test_an_empty_batch_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("activation", "dim", "units", "labels", "error"),
+    ("activation", "dim", "units", "error"),
     [
-        (torch.zeros(4, 3), 0, 3, None, "holds the samples"),
-        (torch.zeros(4, 3), -2, 3, None, "holds the samples"),
-        (torch.zeros(4, 3), 3, 3, None, "or is not there"),
-        (torch.zeros(()), 0, 3, None, "or is not there"),
-        (torch.zeros(4, 3), 1, 2, None, "given for 2 channels"),
-        (torch.zeros(4, 3, dtype=torch.int64), 1, 3, None, "floating point"),
-        (torch.zeros(4, 3), 1, 3, torch.zeros(4).long(), "labels are needed where"),
+        (torch.zeros(4, 3), 0, 3, "holds the samples"),
+        (torch.zeros(4, 3), -2, 3, "holds the samples"),
+        (torch.zeros(4, 3), 3, 3, "or is not there"),
+        (torch.zeros(()), 0, 3, "or is not there"),
+        (torch.zeros(4, 3), 1, 2, "given for 2 channels"),
+        (torch.zeros(4, 3, dtype=torch.int64), 1, 3, "floating point"),
     ],
 )
-def test_bad_activations_are_refused(activation, dim, units, labels, error):
+def test_bad_activations_are_refused(activation, dim, units, error):
     stats = UnitStatistics(3)
     with pytest.raises((TypeError, ValueError), match=error):
-        stats.update(activation, dim, torch.arange(units), labels)
+        stats.update(activation, dim, torch.arange(units))
     assert_same(stats, UnitStatistics(3))
     assert stats.samples == 0
 
@@ -722,23 +645,6 @@ def test_statistics_that_are_gone_are_not_missed():
     net(inputs())
 
 
-def test_labels_are_those_of_the_next_pass():
-    stats = watched(classes=4)
-    labels = torch.randint(4, (8,))
-    stats.labels = labels
-    with torch.no_grad():
-        stats.model(inputs())
-    stats.model(inputs())
-    assert torch.equal(stats.groups["first"][0].counts.sum((1, 2)), 6 * torch.bincount(labels, minlength=4))
-    before = stats.state_dict()["batches"]
-    with pytest.raises(ValueError, match="need the labels"):
-        stats.model(inputs())
-    assert stats.batches == before
-    stats.labels = labels[:3]
-    with pytest.raises(ValueError, match="8 samples"):
-        stats.model(inputs())
-
-
 def test_a_cut_goes_on_with_the_updated_graph():
     stats = watched()
     stats.model(inputs())
@@ -823,6 +729,7 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_processes_add_up_what_each_has_seen(tmp_path):
     context = mp.start_processes(work, args=(str(tmp_path),), nprocs=WORLD, join=False, start_method="spawn")

@@ -144,9 +144,20 @@ def networks(make: st.DrawFn) -> nn.Module:
 INPUT = (torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(model=networks(), seed=st.integers(0, 2**16))
 def test_random_networks_equal_their_masked_selves(model: nn.Module, seed: int) -> None:
+    check_against_masked_selves(model, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(model=networks(), seed=st.integers(0, 2**16))
+def test_many_random_networks_equal_their_masked_selves(model: nn.Module, seed: int) -> None:
+    check_against_masked_selves(model, seed)
+
+
+def check_against_masked_selves(model: nn.Module, seed: int) -> None:
     model = randomised(model)
     graph = trace(model, INPUT)
     assert graph.groups
@@ -432,6 +443,43 @@ def test_code_that_takes_units_by_position_is_verified_at_every_cut() -> None:
     with pytest.raises(RuntimeError, match="would not compute the same"):
         cut(model, graph, {"0": [6]})
     assert same(before, state(model, graph))
+
+
+class Branching(nn.Module):
+    """Code that decides by how many units there are."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.inner = how, nn.Conv2d(8, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        if self.how == "residual":
+            return h + x if h.shape == x.shape else h
+        if self.how == "wide" and h.shape[1] >= 8:
+            h = F.avg_pool2d(h, 3, 1, 1)
+        return F.avg_pool2d(h, 3, 1, 1, ceil_mode=h.shape[1] < 8) if self.how == "last" and h.shape[1] >= 8 else h
+
+
+@pytest.mark.parametrize(
+    ("how", "units"),
+    [
+        ("residual", {"0": [0, 1], "1.inner": [*range(6)]}),
+        ("wide", {"1.inner": [*range(5)]}),
+        ("last", {"1.inner": [*range(5)]}),
+    ],
+)
+def test_a_cut_that_makes_the_code_take_another_branch_is_refused(how: str, units: dict[str, list[int]]) -> None:
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), Branching(how), nn.ReLU(), nn.Conv2d(12, 2, 1)))
+    graph = trace(model, INPUT)
+    before = state(model, graph)
+    with pytest.raises(RuntimeError, match="would not compute the same"):
+        cut(model, graph, units)
+    assert same(before, state(model, graph))
+    smaller = {name: positions[:1] for name, positions in units.items()}
+    reference = deafened(model, graph, smaller)
+    cut(model, graph, smaller)
+    assert difference(run(reference, INPUT), run(model, INPUT)) < 1e-12
 
 
 def test_nothing_to_remove_changes_nothing() -> None:

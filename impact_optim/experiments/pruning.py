@@ -93,7 +93,7 @@ def build_pruner(
     Args:
         pruning: what is cut.
         model: on the device of the data.
-        data: gives an example and the number of classes.
+        data: gives an example.
         steps: of an epoch.
         optimizer: of the model.
         seed: of the run.
@@ -110,7 +110,6 @@ def build_pruner(
         target=pruning.target,
         split=pruning.split,
         every=min(8, max(1, steps // _RECORDED)),  # a small set has few passes to spare
-        classes=data.classes if pruning.criterion == "class_information" else 0,
         seed=seed,
     )
 

@@ -137,8 +137,6 @@ def train(
 
             def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
                 optimizer.zero_grad()
-                if pruner is not None and pruner.statistics.classes:
-                    pruner.statistics.labels = y
                 with compute:
                     loss = F.cross_entropy(model(x), y)
                 loss.backward()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .labels import counts_units
+
 __all__ = ["load_pruned", "save_pruned"]
 
 VERSION = 1
@@ -40,7 +42,7 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     architecture = {
         "types": {name: type(module).__qualname__ for name, module in model.named_modules()},
-        "sizes": integer_attributes(model),
+        "sizes": _kept_sizes(model),
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
     new_weights, new_architecture = folder / f"{_WEIGHTS}.new", folder / f"{_ARCHITECTURE}.new"
@@ -74,6 +76,7 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     architecture = _read_architecture(folder)
     contents = _read_weights(folder, architecture["shapes"])
     tensors = _check_model(model, architecture, folder / _ARCHITECTURE)
+    _check_sizes(model, architecture, folder / _ARCHITECTURE)
     new = {name: _fitted(name, tensors[name], contents[name]) for name in tensors}
     set_integer_attributes(model, architecture["sizes"])
     for name, tensor in tensors.items():
@@ -93,6 +96,33 @@ def integer_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
         if found:
             attributes[name] = found
     return attributes
+
+
+def _kept_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What tells a network: the integer attributes of torch's layers, and others that a cut may set.
+
+    What else a module counts, such as its calls, is not of the network.
+    """
+    modules = dict(model.named_modules())
+    return {
+        name: {key: value for key, value in found.items() if _is_torchs(modules[name], key) or _may_shrink(key, value)}
+        for name, found in integer_attributes(model).items()
+    }
+
+
+def _is_torchs(module: nn.Module, key: str) -> bool:
+    return type(module).__module__.startswith("torch.nn.") or key in getattr(module, "__constants__", ())
+
+
+def _may_shrink(key: str, value: Any) -> bool:
+    """Whether a cut, or code that follows one, may make an attribute smaller."""
+    return isinstance(value, list | tuple) or counts_units(key) or key in ("groups", "num_groups", "num_parameters")
+
+
+def _is_shrunk(old: Any, value: Any) -> bool:
+    if isinstance(old, list | tuple) and isinstance(value, list):
+        return len(old) == len(value) and all(a == b or _is_shrunk(a, b) for a, b in zip(old, value, strict=True))
+    return isinstance(old, int) and isinstance(value, int) and 0 < value < old
 
 
 def set_integer_attributes(model: nn.Module, attributes: dict[str, dict[str, Any]]) -> None:
@@ -123,7 +153,7 @@ def _read_architecture(folder: Path) -> dict[str, Any]:
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
         kind, version = text["format"], text["version"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no file of save_pruned(): {error!r}") from error
     if kind != "impact_optim.pruning":
         raise ValueError(f"{path} is of the format {kind!r}, not one that save_pruned() writes")
@@ -141,7 +171,20 @@ def _read_architecture(folder: Path) -> dict[str, Any]:
             )
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Save the network again") from error
-    return text["architecture"]
+    architecture = text["architecture"]
+    for part, is_entry in (("types", _is_text), ("shapes", _is_integral), ("sizes", _is_mapping_of_integers)):
+        entries = architecture.get(part) if isinstance(architecture, dict) else None
+        if not isinstance(entries, dict) or not all(map(is_entry, entries.values())):
+            raise ValueError(f"{path} is damaged: its {part} are not what save_pruned() writes. Save the network again")
+    return architecture
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_mapping_of_integers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_integral, value.values()))
 
 
 def _read_weights(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -182,6 +225,36 @@ def _check_model(model: nn.Module, architecture: dict[str, Any], path: Path) -> 
                 f"{theirs}; {remedy}"
             )
     return tensors
+
+
+def _check_sizes(model: nn.Module, architecture: dict[str, Any], path: Path) -> None:
+    """Attributes may be smaller than here where a cut makes them so, and must fit the weights."""
+    kind, modules, all_sizes = type(model).__name__, dict(model.named_modules()), architecture["sizes"]
+    ours = _kept_sizes(model)
+    for name in {**ours, **all_sizes}:
+        here, there = ours.get(name, {}), all_sizes.get(name, {})
+        for key in {**here, **there}:
+            old, value = here.get(key), there.get(key)
+            fixed = isinstance(old, list | tuple) and _is_torchs(modules[name], key)  # a stride, a kernel
+            shrunk = not fixed and _may_shrink(key, old) and _is_shrunk(old, value)
+            if not shrunk and value != (list(old) if isinstance(old, tuple) else old):
+                raise ValueError(
+                    f"{kind} cannot become the model of {path}: {key} of {name or 'the model'!r} is {old!r} here, "
+                    f"which no cut brings to {value!r}; build the model that was saved, as its code does before any cut"
+                )
+        shape, expected = architecture["shapes"].get(f"{name}.weight"), _shape_by(modules.get(name), there)
+        if shape is not None and expected is not None and shape[: len(expected)] != expected:
+            raise ValueError(f"{path} is damaged: {name} has a weight of the shape {shape}, and says {there}")
+
+
+def _shape_by(module: nn.Module | None, sizes: dict[str, Any]) -> list[int] | None:
+    """The first dimensions that the weight of a layer must have by its attributes."""
+    if isinstance(module, nn.Linear):
+        return [sizes[key] for key in ("out_features", "in_features") if key in sizes]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        first, second = ("in", "out") if module.transposed else ("out", "in")
+        return [sizes[f"{first}_channels"], sizes[f"{second}_channels"] // sizes["groups"]]
+    return [sizes["num_features"]] if isinstance(module, nn.modules.batchnorm._NormBase) else None
 
 
 def _fitted(name: str, tensor: Tensor, content: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,14 +62,6 @@ def state_entropy(group: UnitGroup, context: Context) -> Tensor:
     return mean_over_places(group, context, UnitStatistics.state_entropy)
 
 
-def class_information(group: UnitGroup, context: Context) -> Tensor:
-    """Mutual information of response and class: removes units that tell least of the class.
-
-    See :meth:`UnitStatistics.class_information`; needs labels.
-    """
-    return mean_over_places(group, context, UnitStatistics.class_information)
-
-
 def rademacher(group: UnitGroup, context: Context) -> Tensor:
     r"""Rademacher complexity of what a unit contributes: removes the units whose contributions are simplest.
 
@@ -109,12 +100,15 @@ def l1(group: UnitGroup, context: Context) -> Tensor:
 def importance(group: UnitGroup, context: Context) -> Tensor:
     """Mean importance of all weights that would go with a unit: removes the units with the least important weights.
 
-    See :meth:`ImpactSGD.importance`.
+    See :meth:`~impact_optim.Impact.importance`.
     """
     known = [axis for axis in (*group.producers, *group.consumers) if axis.name in context.importances]
     total, number = _sum_per_unit(group.size, known, context.importances)
     if not (number > 0).all():
-        raise ValueError(f"there are no importances of the weights of {group.name!r}; hand in those of an ImpactSGD")
+        raise ValueError(
+            f"there are no importances of the weights of {group.name!r}; hand in an optimizer that keeps them, such as "
+            "ImpactSGD or Impact"
+        )
     return total / number
 
 
@@ -128,7 +122,6 @@ def random(group: UnitGroup, context: Context) -> Tensor:
 CRITERIA: dict[str, Criterion] = {
     "entropy": entropy,
     "state_entropy": state_entropy,
-    "class_information": class_information,
     "rademacher": rademacher,
     "apoz": apoz,
     "l1": l1,
@@ -195,7 +188,8 @@ def units_to_remove(
 
     Within a group units go in the order of their scores, equal ones in the order of their positions, and in steps that
     leave multiples of ``round_to``. All steps of all groups stand in one line by a key, and as many are taken from its
-    front as come nearest to the budget, so that a larger budget removes the same units and more. The key is
+    front as come nearest to the budget, as far as the limits of the groups allow, so that a larger budget removes the
+    same units and more. The key is
 
     - ``"uniform"``: the share of the group's units that has gone by the middle of the step;
     - ``"global"``: the mean score of the step's units, over the root mean square of the group's scores. Without that
@@ -220,9 +214,6 @@ def units_to_remove(
 
     Returns:
         By group, the positions to remove, int64, ascending; groups that lose nothing are left out.
-
-    Warns:
-        UserWarning: the limits of the groups keep the budget out of reach; as much as they allow is removed.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -251,12 +242,6 @@ def units_to_remove(
     steps.sort(key=lambda step: step.key)  # stable: the steps of a group stay in order
     reached = list(itertools.accumulate((step.cost for step in steps), initial=0.0))
     number = min(range(len(reached)), key=lambda i: abs(reached[i] - fraction * total))
-    if reached[-1] < fraction * total * (1.0 - 1e-9):
-        warnings.warn(
-            f"the limits of the groups let {reached[-1] / total:.3f} be removed, not {fraction:.3f}; lower min_units "
-            "or round_to, or raise max_ratio",
-            stacklevel=2,
-        )
     removed = {step.group: step.removed for step in steps[:number]}
     return {name: order[: removed[name]].sort().values for name, order in orders.items() if name in removed}
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, core, varied
+from .labels import CONSUMER, PRODUCER, Atoms, AxisKey, Mismatch, Propagation, Step, Value, core, counts_units, varied
 from .operators import RULES
 from .rehearsal import (
     Inputs,
     Plan,
     as_inputs,
+    caches,
     culprit,
     export,
     first_names,
@@ -23,6 +24,7 @@ from .rehearsal import (
     kept_indices,
     named_tensors,
     outputs,
+    unknown_output,
 )
 
 
@@ -96,12 +98,12 @@ class UnitGraph:
     _training: tuple[bool, ...] = (False,)
     _axes: dict[AxisKey, _Place] = field(default_factory=dict)
     _sizes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _known: set[tuple[str, str]] = field(default_factory=set)  # sizes that operators give a meaning
     _seen: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
     _total: int = 0
     _opaque: dict[str, list[Any]] = field(default_factory=dict)
-    _constants: list[tuple[str, Any]] = field(default_factory=list)
+    _steps: list[Step] = field(default_factory=list)
     _norms: dict[str, str] = field(default_factory=dict)
-    _positional: bool = False  # whether what a cut leaves depends on more than which units are coupled
 
     def plan(self, units: Mapping[str, Sequence[int] | Tensor]) -> Plan:
         """What removing units (group name -> positions in the group) changes.
@@ -225,8 +227,10 @@ class UnitGraph:
 def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] = ()) -> UnitGraph:
     """Finds the groups of coupled units of a model.
 
-    The model is exported in evaluation mode (its modes are restored; it is run on tensors without data, its own are
-    not touched), and labels of the units are carried through the program, see :mod:`.labels`. What has been found is
+    The model is exported in evaluation mode and, where that can be traced, in training mode (its modes are restored; it
+    is run on tensors without data, its own are not touched), and labels of the units are carried through the program,
+    see :mod:`.labels`. Where training cannot be traced and uses parameters that evaluation does not, all dimensions of
+    the sizes of these stay. What has been found is
     then rehearsed: the model with some units of every group removed is exported again and must treat what is left in
     the same way. Groups whose code cannot follow, a view with fixed sizes for instance, are frozen, with the reason.
 
@@ -239,6 +243,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     Raises:
         RuntimeError: ``torch.export`` cannot trace the model.
     """
+    caches.find()
     inputs = as_inputs(example_inputs)
     names = first_names(model)
     atoms, axes = Atoms(), dict[AxisKey, Tensor]()
@@ -246,36 +251,28 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     uncut = Plan(opaque=outputs(model, inputs, parts) if parts else {})
     run = _propagate(model, inputs, uncut, (False,), atoms, axes, names, None)
     ignored = {names[name] for module in parts for name in _names_in(model, module)}
-    modes: tuple[bool, ...] = (False,)
-    unseen = [name for name, _ in model.named_parameters() if name not in run.used | ignored]
-    if unseen:  # heads that only training reads still read the units
-        modes = (False, True)
-        try:
-            _extend(run, model, inputs, uncut, True)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"Evaluation does not use {unseen[0]} (one of {len(unseen)} such parameters), and the model cannot be "
-                f"traced in training mode with these inputs. {error} If training does not use them either, ignore "
-                "their modules."
-            ) from error
+    modes: tuple[bool, ...] = (False, True)
+    try:  # what only training runs, a head or noise, must follow as well
+        _extend(run, model, inputs, uncut, True)
+    except RuntimeError as error:
+        modes = (False,)
+        # It may read the units with parameters that evaluation does not use.
+        unseen = {name: param for name, param in model.named_parameters() if name not in run.used | ignored}
+        for name, param in unseen.items():
+            reason = f"it may be what {name} is for, which only training uses, and training cannot be traced: {error}"
+            for labels in axes.values():
+                if len(labels) in param.shape:
+                    atoms.freeze(labels, reason)
     for (name, _), labels in axes.items():
         if name in ignored:
             atoms.freeze(labels, "its module is ignored")
     run.settle()
-    graph, number, counts = _build(model, run, atoms, axes)
-    graph._inputs, graph._training, graph._constants, graph._opaque = inputs, modes, run.constants, uncut.opaque
+    graph, counts = _build(model, run, atoms, axes)
+    graph._inputs, graph._training, graph._opaque = inputs, modes, uncut.opaque
     first, last = _sample(graph, 0), _sample(graph, -1)
     _settle_sizes(model, graph, counts, first)
     _rehearse(model, graph, [first, last])
-    # Of what has been joined, heads for instance, all of it may move along the others' dimensions.
-    moved = [number[atoms.find(core(labels))] for labels, dims in run.positional if _differs(atoms, labels, dims)]
-    graph._positional = any(len(_owners(graph, units)) > 0 for units in moved)
     return graph
-
-
-def _differs(atoms: Atoms, labels: Tensor, dims: set[int]) -> bool:
-    """Whether the units are not the same along dimensions, after all that has been joined."""
-    return not dims.isdisjoint(varied(atoms.find(core(labels))))
 
 
 def _names_in(model: nn.Module, part: nn.Module) -> list[str]:
@@ -292,11 +289,12 @@ def _propagate(
     atoms: Atoms,
     axes: dict[AxisKey, Tensor],
     names: dict[str, str],
-    constants: list[tuple[str, Any]] | None,
+    steps: Sequence[Step] | None,
 ) -> Propagation:
-    run = Propagation(model, atoms, axes, names, RULES, constants)
+    run = Propagation(model, atoms, axes, names, RULES, steps)
     for training in modes:
         _extend(run, model, inputs, plan, training)
+    run.end()
     return run
 
 
@@ -304,6 +302,12 @@ def _extend(run: Propagation, model: nn.Module, inputs: Inputs, plan: Plan, trai
     try:
         program = export(model, inputs, plan, training)
     except Exception as error:
+        if kind := unknown_output(model, inputs, plan, training):
+            raise RuntimeError(
+                f"torch.export cannot trace the model: its output contains a {kind}, which it does not know. Let the "
+                "model return tensors, tuples, lists or dicts (for language models of Hugging Face: use_cache=False), "
+                f"or register {kind} with torch.utils._pytree.register_pytree_node."
+            ) from error
         module, line = culprit(model, error)
         where = f"in {module or 'the model itself'} ({line})" if line else "somewhere in it"
         raise RuntimeError(
@@ -313,13 +317,11 @@ def _extend(run: Propagation, model: nn.Module, inputs: Inputs, plan: Plan, trai
     run.run(program)
 
 
-def _build(
-    model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]
-) -> tuple[UnitGraph, Tensor, _Counts]:
+def _build(model: nn.Module, run: Propagation, atoms: Atoms, axes: dict[AxisKey, Tensor]) -> tuple[UnitGraph, _Counts]:
     """Sorts sets of atoms into groups: those that occur in the same axes are of the same kind.
 
     Returns:
-        The graph, a table of each set's unit, -1 for none, and what integer attributes may count.
+        The graph, and what integer attributes may count.
     """
     owner: dict[int, AxisKey] = {int(atom): key for key, labels in axes.items() for atom in labels.tolist()}
     marked: dict[str, list[AxisKey]] = {}
@@ -338,6 +340,7 @@ def _build(
         if any(roles[key] for key in places):
             kinds.setdefault((tuple(places), root in frozen), []).append(root)
     graph = UnitGraph()
+    buffers = {name for name, _ in model.named_buffers()}
     number = torch.full((len(atoms) + 1,), -1)
     # In the order in which the units are produced, parameters that no layer produces last.
     rank = {kind: min((order.get(key, len(order)) for key in kind[0]), default=0) for kind in kinds}
@@ -356,6 +359,10 @@ def _build(
         if len(members) < 2:
             graph.frozen.setdefault(name, "all of it is one unit")
             continue
+        held = [key[0] for key in keys if key[0] in buffers]
+        if held and all(CONSUMER in roles[key] or key[0] in buffers for key in keys):
+            graph.frozen.setdefault(held[0], "it is an input: a buffer holds it, and no parameter makes it")
+            continue
         unique, copy = name, 1
         while unique in graph.groups:
             copy += 1
@@ -370,10 +377,13 @@ def _build(
 
     graph._axes = {key: _Place(units(labels), roles[key]) for key, labels in axes.items()}
     graph._axes = {key: place for key, place in graph._axes.items() if (place.units >= 0).any()}
+    graph._steps = [step._replace(results=[_uncounted(value, units) for value in step.results]) for step in run.steps]
     counts: _Counts = {}
-    for module, attribute, labels, dim in run.sizes:
-        counted = _along(units(labels), dim) if core(labels).size(dim) > 1 else None
+    for module, attribute, counting, dim, sure in run.sizes:
+        counted = _along(units(counting), dim) if core(counting).size(dim) > 1 else None
         candidates = counts.setdefault((module, attribute), [])
+        if sure:
+            graph._known.add((module, attribute))
         if counted is None and None not in candidates:
             candidates.append(None)
         elif counted is not None and not any(other is not None and torch.equal(counted, other) for other in candidates):
@@ -388,7 +398,15 @@ def _build(
         if len(means) == 1 and mean is not None and run.normed[mean] == {weight}:
             graph._norms[weight] = mean
     graph._relist()
-    return graph, number[:-1], counts
+    return graph, counts
+
+
+def _uncounted(value: Value | None, units: Callable[[Tensor], Tensor]) -> tuple[int | None, ...] | None:
+    """The sizes of a tensor, ``None`` along dimensions where they count units."""
+    if value is None or 0 in value.shape:
+        return None
+    counting = {dim for labels in value.labels for dim in varied(units(labels))}
+    return tuple(None if dim in counting else size for dim, size in enumerate(value.shape))
 
 
 def _along(units: Tensor, dim: int) -> Tensor | None:
@@ -441,29 +459,48 @@ def _settle_sizes(model: nn.Module, graph: UnitGraph, counts: _Counts, chosen: M
             graph._sizes.pop(key, None)
             if labels is not None:
                 graph._sizes[key] = labels
-            if not any(_failure(model, graph, {name: chosen[name] for name in some}) for some in sets):
+            if not any(_fault(model, graph, {name: chosen[name] for name in some}) for some in sets):
                 break
 
     for key, candidates in cut.items():
         if len(candidates) > 1:
             settle(key, [None, *candidates], None)
-    # What is not cut may have as many, too: such attributes stay if the code does not survive that they follow.
-    doubtful = [key for key, labels in graph._sizes.items() if None in counts[key] and len(cut[key]) == 1]
-    if doubtful and _failure(model, graph, {name: chosen[name] for name in graph.groups}):
+    # Others have the same number by chance: what has no telling name, and the code does not need, stays.
+    together: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for key, labels in graph._sizes.items():
+        if key not in graph._known:
+            together.setdefault(tuple(_owners(graph, labels)), []).append(key)
+    follows, stay = graph._sizes, set[tuple[str, str]]()
+    decided: dict[frozenset[Any], set[Any]] = {}
+    for names, keys in together.items():
         # Layers that differ in their numbers only decide alike: a deep model has hundreds of such attributes.
-        failing: dict[str, bool] = {}
-        for name in graph.groups:
-            if _numberless(name) not in failing:
-                failing[_numberless(name)] = _failure(model, graph, {name: chosen[name]}) is not None
-        stays: dict[tuple[str, str], bool] = {}
-        for key in doubtful:
-            alike = _numberless(key[0]), key[1]
-            if alike in stays:
-                if stays[alike]:
-                    del graph._sizes[key]
-            elif any(failing[_numberless(name)] for name in _owners(graph, graph._sizes[key])):
-                settle(key, [graph._sizes[key], None], graph._sizes[key])
-                stays[alike] = key not in graph._sizes
+        kinds: dict[tuple[str, str], tuple[Any, ...]] = {
+            key: (_numberless(key[0]), key[1], None in counts[key], *(_within(name, key[0]) for name in names))
+            for key in keys
+        }
+        alike = frozenset([*kinds.values(), *map(_numberless, names)])
+        if alike not in decided:
+            some = {name: chosen[name] for name in names}
+
+            def runs(without: set[Any], kinds: Mapping[Any, Any] = kinds, some: Mapping[str, Tensor] = some) -> bool:
+                graph._sizes = {key: labels for key, labels in follows.items() if kinds.get(key) not in without}
+                return not _fault(model, graph, some)
+
+            every = set(kinds.values())
+            vague = {kind for kind in every if not counts_units(kind[1], surely=True)}
+            doubtful = {kind for kind in every if kind[2]}
+            starts = [vague, set[Any](), vague | doubtful, every, doubtful, *(doubtful - {k} for k in doubtful)]
+            found = set(next((start for start in [*starts, *({k} for k in every)] if runs(start)), ()))
+            for kind in vague - found:
+                if runs({*found, kind}):
+                    found.add(kind)
+            decided[alike] = found
+        stay.update(key for key in keys if kinds[key] in decided[alike])
+    graph._sizes = {key: labels for key, labels in follows.items() if key not in stay}
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
 
 
 def _rehearse(model: nn.Module, graph: UnitGraph, samples: Iterable[Mapping[str, Tensor]]) -> None:
@@ -501,10 +538,15 @@ def mismatch(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[in
             kept = plan.kept.get(name, {}).get(dim)
             axes[name, dim] = labels if kept is None else labels[kept]
     try:
-        _propagate(model, graph._inputs, plan, graph._training, atoms, axes, names, graph._constants)
+        _propagate(model, graph._inputs, plan, graph._training, atoms, axes, names, graph._steps)
     except Mismatch as fault:
         return fault
     return None
+
+
+def _fault(model: nn.Module, graph: UnitGraph, units: Mapping[str, Tensor]) -> str | Mismatch | None:
+    """Why a model does not do what it did after a cut, if so."""
+    return _failure(model, graph, units) or mismatch(model, graph, units)
 
 
 def _owners(graph: UnitGraph, units: Tensor) -> list[str]:

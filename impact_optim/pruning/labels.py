@@ -122,6 +122,10 @@ class Value:
     """Whether it is computed from parameters and constants alone."""
     uniform: bool = False
     """Whether all elements are the same number, so that it has no size of its own to keep."""
+    constant: bool = False
+    """Whether it is computed from constants alone."""
+    recipe: tuple[str, int] | None = None
+    """Of a constant: what tells it from others, its contents or how it is computed, where that is known."""
 
 
 class Sighting(NamedTuple):
@@ -133,12 +137,26 @@ class Sighting(NamedTuple):
 
 
 class Size(NamedTuple):
-    """An integer attribute of a module that counts indices of labels."""
+    """An integer attribute of a module that counts indices of labels, or has the same number by chance."""
 
     module: str
     attribute: str
     labels: Tensor
     dim: int
+    known: bool
+    """Whether the operator says so; if not, only the number does."""
+
+
+class Step(NamedTuple):
+    """An operator of the program, and what of it a cut leaves as it is."""
+
+    name: str
+    numbers: list[Any]
+    """That enter the arithmetic."""
+    results: list[Any]
+    """When traced: what it computes from activations. Later: the sizes, ``None`` where units are counted."""
+    recipes: list[tuple[str, int] | None]
+    """Of the constants that it takes."""
 
 
 def varied(labels: Tensor) -> list[int]:
@@ -197,7 +215,7 @@ class Propagation:
         axes: labels of parameters' and buffers' dimensions; what is missing gets fresh atoms.
         names: any qualified name of a parameter or buffer -> its first name.
         rules: name of an ATen operator -> what it does to labels.
-        constants: numbers in the programs, which a later propagation compares with those it meets.
+        steps: what an earlier propagation has noted, to be compared with what this one meets.
     """
 
     def __init__(
@@ -207,7 +225,7 @@ class Propagation:
         axes: dict[AxisKey, Tensor],
         names: dict[str, str],
         rules: Mapping[str, Rule],
-        constants: list[tuple[str, Any]] | None = None,
+        steps: Sequence[Step] | None = None,
     ) -> None:
         self.modules = dict(model.named_modules())
         self.atoms, self.axes, self.names = atoms, axes, names
@@ -215,16 +233,17 @@ class Propagation:
         self.sightings: list[Sighting] = []
         self.sizes: list[Size] = []
         self.grids: list[Tensor] = []
-        self.positional: list[tuple[Tensor, set[int]]] = []
-        self.constants: list[tuple[str, Any]] = []
+        self.steps: list[Step] = []
         self.used: set[str] = set()
         self.norms: dict[str, set[str | None]] = {}
         """Weight of a layer without a bias -> the running means of what reads its results, None for anything else."""
         self.normed: dict[str, set[str | None]] = {}
         """Running mean -> the weights of such layers that it is subtracted from the results of, None likewise."""
         self._tables = [name for name, _ in model.named_buffers()]
-        self._rules, self._expected = rules, constants
+        self._rules, self._expected = rules, steps
         self._node: Node | None = None
+        self._step = Step("", [], [], [])
+        self._memory: dict[int, list[tuple[Value, Tensor]]] = {}
 
     # -- the walk --
 
@@ -232,11 +251,18 @@ class Propagation:
         """Carries labels through one program."""
         specs = iter(program.graph_signature.input_specs)
         values: dict[Node, Any] = {}
+        self._memory = {}
+        live = _live(program)
         for node in program.graph.nodes:
             self._node = node
+            if node.op not in ("placeholder", "output") and node not in live:
+                continue
             if node.op == "placeholder":
                 spec = next(specs)
                 values[node] = self._placeholder(node, spec.kind, spec.target)
+                if spec.kind == InputKind.CONSTANT_TENSOR:
+                    values[node].constant = True
+                    values[node].recipe = _contents(program.constants.get(spec.target or ""))
             elif node.op == "output":
                 for value in tree_leaves(tree_map_only(Node, values.get, node.args), is_leaf=is_value):
                     self.freeze(value, "it is an output of the model")
@@ -247,7 +273,15 @@ class Propagation:
                     raise Mismatch(mismatch.units, f"{mismatch} ({self.where()})") from None
             else:
                 values[node] = Value(tuple(getattr(node.meta.get("val"), "shape", ())))
+            val = node.meta.get("val")
+            if isinstance(val, Tensor) and val.layout is torch.strided:
+                self._memory.setdefault(val.untyped_storage()._cdata, []).append((values[node], val))
         self._note_norms(program)
+
+    def end(self) -> None:
+        """After all programs: none of the expected operators may be missing."""
+        if self._expected is not None and len(self.steps) < len(self._expected):
+            raise Mismatch(torch.empty(0, dtype=torch.int64), _OTHER_PROGRAM)
 
     def _note_norms(self, program: ExportedProgram) -> None:
         """Notes which layers without a bias feed which batch norms."""
@@ -330,6 +364,7 @@ class Propagation:
         given = [value for value in tree_leaves(inputs, is_leaf=is_value) if is_value(value)]
         result: Any
         if not isinstance(node.target, torch._ops.OpOverload):
+            constant = self._begin_step(self.operator(), given, [])
             result = self.unknown(given, node)
         else:
             name = node.target._schema.name.removeprefix("aten::")
@@ -341,46 +376,128 @@ class Propagation:
                 for value in given:
                     if not value.weight:
                         self.freeze(value, "nn.MultiheadAttention derives its sizes from embed_dim")
-            self._note_constants(name, bound, _numbers(node.target, bound))
+            constant = self._begin_step(name, given, _numbers(node.target, bound))
             rule = self._rules.get(name)
             result = rule(self, bound, node) if rule else self.unknown(given, node)
-            if in_place and isinstance(result, Value) and is_value(bound.get("self")):
-                self._written(bound["self"], result)
-        weight = all(value.weight for value in given)
-        for value in result if isinstance(result, list) else [result]:
+            if in_place and name not in _RENAMED and isinstance(result, Value) and is_value(bound.get("self")):
+                self._written(bound["self"], result, node)
+        weight = constant or all(value.weight for value in given)
+        for position, value in enumerate(result if isinstance(result, list) else [result]):
             if isinstance(value, Value):
                 value.weight = weight
-                if not weight:
+                value.constant = constant
+                if constant:
+                    value.recipe = self._recipe(given, position)
+                elif not weight:
                     self._note_sizes(value)
+                    self._end_step(value, given)
         return result
 
     def unknown(self, given: list[Value], node: Node) -> Any:
         """Freezes what reaches an operator that nothing is known about."""
         for value in given:
             self.freeze(value, f"{self.where()} has no rule")
+            if value.weight:  # nothing that follows tells that a layer has them
+                self.roles[PRODUCER] += [core(labels).reshape(-1).unique() for labels in value.labels]
         return blank(node)
 
     def _in_multihead(self, node: Node) -> bool:
         stack = (node.meta.get("nn_module_stack") or {}).values()
         return any(isinstance(self.modules.get(name.split("@")[0]), nn.MultiheadAttention) for name, _ in stack)
 
-    def _written(self, target: Value, result: Value) -> None:
+    def _written(self, target: Value, result: Value, node: Node) -> None:
+        """What an operator in place does to everything that shares memory with its target."""
         # Other names of the same memory are not told what has been written into it.
         covered = {dim for labels in target.labels for dim in varied(labels)}
         for labels in result.labels:
             if not covered.issuperset(varied(labels)):
                 self.freeze(labels, f"{self.where()} writes them into another tensor")
+        own = node.meta["val"]
+        storage = own.untyped_storage()
+        elements = storage.nbytes() // own.element_size()
+        everything = own.numel() == elements
+        written = torch.zeros(0 if everything else elements, dtype=torch.bool)
+        if not everything:
+            written.as_strided(own.shape, own.stride(), own.storage_offset()).fill_(True)
+        for value, val in self._memory.get(storage._cdata, ()):
+            value.uniform = value.uniform and result.uniform and everything
+            if everything or not value.labels:
+                continue
+            if val.element_size() != own.element_size():
+                self.freeze(value, f"{self.where()} writes into them under another type")
+                continue
+            mask = written.as_strided(val.shape, val.stride(), val.storage_offset())
+            parted = varied(mask)
+            for labels in value.labels:
+                over = [dim for dim in varied(labels) if dim in parted]
+                if over and len(over) < len(varied(labels)):
+                    self.join_over(labels, over)
+                elif over:
+                    self.freeze(labels, f"{self.where()} writes into some of them, by position")
 
-    def _note_constants(self, name: str, bound: dict[str, Any], numbers: list[Any]) -> None:
-        """Compares the operators and their numbers with those of the program before the cut."""
-        position = len(self.constants)
-        self.constants.append((name, numbers))
+    def _begin_step(self, name: str, given: Sequence[Value], numbers: list[Any]) -> bool:
+        """Compares an operator and its numbers with those of the program before the cut.
+
+        Returns:
+            Whether it makes a constant. Those are compared where activations meet them: code may keep them for later,
+            so that not every program computes them.
+        """
+        constants = [value for value in given if value.constant]
+        self._step = Step(name, numbers, [], [value.recipe for value in constants])
+        if len(constants) == len(given) or name in CREATED:
+            return True
+        if name == "contiguous":  # which torch leaves out where a tensor is, as that of a single head
+            return False
+        self.steps.append(self._step)
+        self._compare(given)
+        return False
+
+    def _compare(self, given: Sequence[Value]) -> None:
+        """Compares what is known of the current operator with the one that was there before."""
         if self._expected is None:
             return
-        if position >= len(self._expected) or self._expected[position] != (name, numbers):
-            atoms = [core(labels).reshape(-1) for value in bound.values() if is_value(value) for labels in value.labels]
-            units = torch.cat(atoms).unique() if atoms else torch.empty(0, dtype=torch.int64)
-            raise Mismatch(units[units >= 0], "the program's constants or operators depend on the number of units")
+        position, now = len(self.steps) - 1, self._step
+        before = self._expected[position] if position < len(self._expected) else None
+        if (
+            before is None
+            or before.name != now.name
+            or before.numbers[: len(now.numbers)] != now.numbers
+            or len(before.recipes) != len(now.recipes)
+            or any(map(_is_another, before.recipes, now.recipes))
+        ):
+            self._differ(given, _OTHER_PROGRAM)
+
+    def _recipe(self, given: Sequence[Value], position: int) -> tuple[str, int] | None:
+        recipes = [value.recipe for value in given if value.constant]
+        if self._step.name in ("lift_fresh_copy", "detach", "clone", "alias") and recipes:
+            return recipes[0]
+        kinds = {None if recipe is None else recipe[0] for recipe in recipes}
+        if None in kinds:
+            return None
+        return "computed from contents" if kinds - {"computed"} else "computed", hash(
+            (repr(self._step[:2]), *recipes, position)
+        )
+
+    def _end_step(self, value: Value, given: Sequence[Value]) -> None:
+        """Compares the sizes of a result that do not count units. What is the same number throughout has none."""
+        if not self.steps or self._step is not self.steps[-1]:
+            return
+        results = self._step.results
+        results.append(None if value.uniform else value)
+        if self._expected is None or value.uniform:
+            return
+        before = self._expected[len(self.steps) - 1].results
+        sizes = before[len(results) - 1] if len(results) <= len(before) else None
+        if sizes is not None and (
+            len(sizes) != len(value.shape)
+            or any(size not in (None, now) for size, now in zip(sizes, value.shape, strict=True))
+        ):
+            self._differ(given, f"{self.where()} gives a tensor of the shape {value.shape}, {tuple(sizes)} before")
+
+    def _differ(self, given: Sequence[Value], reason: str) -> None:
+        atoms = [core(labels).reshape(-1) for value in given for labels in value.labels]
+        units = torch.cat(atoms).unique() if atoms else torch.empty(0, dtype=torch.int64)
+        raise Mismatch(units[units >= 0], reason)
 
     def _note_sizes(self, value: Value) -> None:
         stack = list((self._node.meta.get("nn_module_stack") or {}).values()) if self._node else []
@@ -390,18 +507,19 @@ class Propagation:
             if module is None or type(module).__module__.startswith("torch.nn."):
                 continue
             for attribute, size in vars(module).items():
-                if type(size) is not int or size < 2 or not _counts_units(attribute):
+                if type(size) is not int or size < 2 or not counts_units(attribute):
                     continue
                 for labels in value.labels:
                     for dim in range(labels.dim()):
                         if labels.size(dim) == size and labels.stride(dim) != 0:
-                            self.sizes.append(Size(name, attribute, labels, dim))
+                            self.sizes.append(Size(name, attribute, labels, dim, False))
 
     def size_follows(self, attribute: str, labels: Tensor, dim: int) -> None:
         """Notes that an attribute of the current layer counts the indices of a dimension."""
         module = self.modules.get(self.module())
-        if getattr(module, attribute, None) == labels.size(dim):
-            self.sizes.append(Size(self.module(), attribute, labels, dim))
+        # A property follows by itself.
+        if module is not None and vars(module).get(attribute) == labels.size(dim):
+            self.sizes.append(Size(self.module(), attribute, labels, dim, True))
 
     # -- what the rules are made of --
 
@@ -441,6 +559,11 @@ class Propagation:
     def mix(self, value: Value, dims: Iterable[int], why: str = "mixes the units") -> Value:
         """Labels along dimensions whose elements an operator mixes: only what is the same along them can be cut."""
         mixed = {dim % max(len(value.shape), 1) for dim in dims}
+        if value.uniform:
+            # A tensor of one number has no size of its own, but its sum or its softmax does.
+            self._step.numbers.extend(value.shape[dim] for dim in sorted(mixed) if dim < len(value.shape))
+            if self.steps and self._step is self.steps[-1]:
+                self._compare([value])
         kept = []
         for labels in value.labels:
             over = [dim for dim in varied(labels) if dim in mixed]
@@ -452,7 +575,7 @@ class Propagation:
                 kept.append(flat(labels, *over))
             else:
                 self.freeze(labels, f"{self.where()} {why}")
-        return Value(value.shape, kept, value.weight)
+        return Value(value.shape, kept, value.weight, value.uniform)
 
     def combine(self, shape: Sequence[int], values: Iterable[Value]) -> Value:
         """Elementwise: what meets after broadcasting is cut together."""
@@ -563,6 +686,16 @@ def is_value(value: Any) -> bool:
     return isinstance(value, Value)
 
 
+def _live(program: ExportedProgram) -> set[Node]:
+    """Operators that outputs or memory depend on. Code takes numbers for a log out of the others."""
+    live: set[Node] = set()
+    for node in reversed(program.graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "output" or node in live or (schema is not None and schema.is_mutable):
+            live.update([node, *node.all_input_nodes])
+    return live
+
+
 def _bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by the names that the operator's schema gives them."""
     schema = target._schema.arguments
@@ -582,6 +715,16 @@ def _numbers(target: torch._ops.OpOverload, bound: Mapping[str, Any]) -> list[An
     ]
 
 
+def _contents(constant: Any) -> tuple[str, int] | None:
+    small = isinstance(constant, Tensor) and constant.numel() <= 64
+    return ("contents", hash(repr(constant.tolist()))) if small else None
+
+
+def _is_another(first: tuple[str, int] | None, second: tuple[str, int] | None) -> bool:
+    """Whether two constants are known to differ."""
+    return first is not None and second is not None and first[0] == second[0] and first != second
+
+
 def blank(node: Node) -> Any:
     """The result of an operator, without labels."""
     value = node.meta.get("val")
@@ -590,12 +733,19 @@ def blank(node: Node) -> Any:
     return Value(tuple(getattr(value, "shape", ())))
 
 
-def _counts_units(attribute: str) -> bool:
+def counts_units(attribute: str, surely: bool = False) -> bool:
+    """Whether the name of an attribute says that it counts units, or may do so."""
     words = attribute.lower().strip("_").split("_")
-    return bool(_COUNTED.intersection(words)) and not {"kernel", "stride", "group", "groups"}.intersection(words)
+    names = _TELLING if surely else _TELLING | _VAGUE
+    return bool(names.intersection(words)) and not {"kernel", "stride", "group", "groups"}.intersection(words)
 
 
-_COUNTED = {
-    "heads", "head", "nhead", "channels", "chans", "features", "dim", "dims", "size", "width", "hidden", "inner",
-    "planes", "c", "ch", "filters", "units", "nf",
+CREATED = {
+    "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones",
+    "new_full", "new_empty", "rand", "rand_like", "randn", "randn_like", "scalar_tensor",
 }  # fmt: skip
+"""Operators whose results are the same number throughout, or as good as that: they have no size of their own."""
+_RENAMED = {"detach", "requires_grad", "squeeze", "unsqueeze", "t", "transpose"}  # in place, they write nothing
+_OTHER_PROGRAM = "the program's constants or operators depend on the number of units"
+_TELLING = {"heads", "nhead", "channels", "chans", "features", "planes", "filters", "units"}
+_VAGUE = {"head", "dim", "dims", "size", "width", "hidden", "inner", "c", "ch", "nf"}

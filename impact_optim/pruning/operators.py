@@ -10,7 +10,21 @@ from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from .labels import CONSUMER, PRODUCER, Propagation, Rule, Value, blank, core, flat, index0, is_value, stretched, varied
+from .labels import (
+    CONSUMER,
+    CREATED,
+    PRODUCER,
+    Propagation,
+    Rule,
+    Value,
+    blank,
+    core,
+    flat,
+    index0,
+    is_value,
+    stretched,
+    varied,
+)
 
 
 def _shape(node: Node) -> tuple[int, ...]:
@@ -24,6 +38,11 @@ def _elementwise(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     return result
 
 
+def _cast(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
+    """Elementwise; another tensor only says which type."""
+    return _elementwise(run, {"self": bound["self"]}, node)
+
+
 def _created(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     return Value(_shape(node), uniform=True)
 
@@ -35,9 +54,6 @@ def _plain(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
 def _moved(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     """Runs an operator that only moves data on the labels."""
     value = bound["self"]
-    if run.operator().removeprefix("aten::") in POSITIONAL:
-        dims = bound["dims"] if "dims" in bound else [bound[name] for name in ("dim", "dimension") if name in bound]
-        run.positional += [(labels, {dim % len(value.shape) for dim in dims}) for labels in value.labels]
     rest = {name: argument for name, argument in bound.items() if name != "self"}
     results = [node.target(self=labels, **rest) for labels in value.labels]  # type: ignore[operator]
     if isinstance(node.meta["val"], (tuple, list)):
@@ -65,8 +81,6 @@ def _divided(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     if len(set(sizes)) == 1:
         for labels in value.labels:
             run.join_over(labels.unflatten(dim, (len(sizes), sizes[0])), [dim % labels.dim()])
-    else:
-        run.positional += [(labels, {dim % labels.dim()}) for labels in value.labels]
     return _moved(run, bound, node)
 
 
@@ -145,6 +159,8 @@ def _gathered(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
 
 
 def _reduced(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
+    if is_value(bound.get("other")):  # torch.max and torch.min of two tensors
+        return _elementwise(run, bound, node)
     value = bound["self"]
     dims = bound.get("dim")
     rank = len(value.shape)
@@ -155,12 +171,15 @@ def _reduced(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     parts = output if isinstance(output, list) else [output]
     for part in parts:
         part.labels = run.tidy(index0(labels, dims, keepdim=len(part.shape) == rank) for labels in result.labels)
+        part.uniform = result.uniform
     return output
 
 
 def _mixed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     dims = bound.get("dim", -1)
-    return run.mix(bound["self"], [dims] if isinstance(dims, int) else dims)
+    result = run.mix(bound["self"], [dims] if isinstance(dims, int) else dims)
+    result.uniform = result.uniform and "softmax" in run.operator()
+    return result
 
 
 def _chosen(run: Propagation, bound: dict[str, Any], node: Node) -> list[Value]:
@@ -226,6 +245,7 @@ def _layer_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     affine = [bound[name] for name in ("weight", "bias") if bound.get(name) is not None]
     for vector in affine:
         run.freeze(vector, None)
+    value.uniform = value.uniform and not affine
     return value
 
 
@@ -453,14 +473,10 @@ ELEMENTWISE = [
     "addcdiv", "lerp", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not",
     "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "where", "masked_fill", "fill",
     "copy", "zero", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "bernoulli",
-    "native_dropout", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "type_as", "float", "double",
+    "native_dropout", "clone", "contiguous", "detach", "alias", "float", "double",
     "half", "bfloat16", "int", "long", "bool", "lift_fresh_copy", "lift_fresh", "detach_copy", "alias_copy",
     "heaviside", "hypot", "xlogy", "logaddexp", "data", "requires_grad", "__and__", "__or__", "__xor__", "__iand__",
     "__ior__",
-]  # fmt: skip
-CREATED = [
-    "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones",
-    "new_full", "new_empty", "rand", "rand_like", "randn", "randn_like", "scalar_tensor",
 ]  # fmt: skip
 PLAIN = [
     "arange", "linspace", "eye", "tril_indices", "triu_indices", "tensor", "randint", "randperm", "sym_size",
@@ -478,8 +494,6 @@ MOVED = [
     "select", "narrow", "split_with_sizes", "unbind", "roll", "flip", "fliplr", "flipud", "rot90", "repeat", "tile",
     "repeat_interleave", "unfold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "tensor_split",
 ]  # fmt: skip
-# What these do to kept units depends on which others are removed.
-POSITIONAL = ["slice", "narrow", "select", "split_with_sizes", "roll", "unfold", "tensor_split"]
 REDUCED = [
     "sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "var", "std", "var_mean", "std_mean", "norm",
     "linalg_vector_norm", "logsumexp", "argmax", "argmin", "median", "mode", "count_nonzero", "nansum", "nanmean",
@@ -491,6 +505,7 @@ MIXED = [
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(["to", "_to_copy", "type_as"], _cast),
     **dict.fromkeys(CREATED, _created),
     **dict.fromkeys(PLAIN, _plain),
     **dict.fromkeys(RESHAPED, _reshaped),

@@ -7,28 +7,31 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..impact import impact_of
 from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
-from .folding import fold
 from .graph import UnitGroup, trace
-from .rehearsal import as_inputs, named_tensors
-from .repair import repair, replace_state, unwrapped
+from .rehearsal import as_inputs
+from .repair import Optimizers, drawn_masks, impacts_around, repair, replace_state, with_state
 from .report import LayerReport, ModelSize, PruneReport, model_size
 from .statistics import ActivationStatistics, UnitStatistics
 from .surgery import PruneRecord, cut
 
 __all__ = ["ActivationPruner", "ramp"]
 
+_T = TypeVar("_T")
 Guard = tuple[Callable[[nn.Module], float], float]
 
 _WITHOUT_ACTIVATIONS = ("l1", "importance", "random")
 _SMALLER_CUTS = 4  # that are tried where the guard cannot bear one: the largest bearable is found to a sixteenth
+_SHORTFALL = 0.01  # of the units or MACs, from which on a report speaks of it
+_MOST_EPOCHS = 10**9
 _MACS_TRIES, _MACS_TOLERANCE = 12, 0.002  # of the MACs of the whole network
 
 
@@ -76,7 +79,8 @@ class ActivationPruner:
             keyword arguments as a dict; MACs are counted for them.
         schedule: epoch -> fraction removed by then, of all units or MACs that there were; see :func:`ramp`.
         criterion: a name in :data:`~impact_optim.pruning.criteria.CRITERIA`, or a function like those.
-        optimizer: of the model's parameters, one or several.
+        optimizer: of the model's parameters, one or several. One that wraps another, such as accelerate's or a
+            Lookahead, stands for that as well, and an :class:`~impact_optim.Impact` for those that it is around.
         averaged: averaged copies of the model, one or several.
         target: what the fractions are of, ``"units"`` or ``"macs"``.
         split: how the budget is spread over layers, ``"uniform"``, ``"global"`` or ``"rademacher"``.
@@ -86,16 +90,12 @@ class ActivationPruner:
         ignore: modules of which nothing is cut.
         guard: a metric, called with the model, of which more is better, and how much of it a cut may cost. A cut that
             costs more is undone, and smaller ones are tried. Where processes train together, they compare its mean.
-        keep_means: what removed units contribute on average stays, in the biases or batch norms behind the layers that
-            read them; see :func:`~impact_optim.pruning.folding.fold`. Where it cannot, the report says so. Averaged
-            copies keep it, too. Without it those layers read zeros.
         every: statistics are gathered in one of so many forward passes.
-        classes: number of classes, for ``"class_information"``; then ``pruner.statistics.labels`` is to be set before
-            each forward pass.
         seed: of random signs, and of ``"random"``.
 
     Raises:
-        TypeError, ValueError: an argument is not of that form.
+        TypeError, ValueError: an argument is not of that form, or an optimizer with masks that is attached to the model
+            was not handed in.
 
     Example:
         >>> pruner = ActivationPruner(model, images, {10: 0.2, 20: 0.4}, optimizer=optimizer)
@@ -111,7 +111,7 @@ class ActivationPruner:
         schedule: Mapping[int, float],
         *,
         criterion: str | Criterion = "entropy",
-        optimizer: Optimizer | Iterable[Optimizer] = (),
+        optimizer: Optimizers = (),
         averaged: nn.Module | Iterable[nn.Module] = (),
         target: str = "units",
         split: str = "uniform",
@@ -120,9 +120,7 @@ class ActivationPruner:
         max_ratio: float = 1.0,
         ignore: Iterable[nn.Module] = (),
         guard: Guard | None = None,
-        keep_means: bool = False,
         every: int = 8,
-        classes: int = 0,
         seed: int = 0,
     ) -> None:
         _check_model(model)
@@ -138,17 +136,16 @@ class ActivationPruner:
                 f"round_to={round_to} and min_units={min_units} must be at least 1, and max_ratio={max_ratio} in [0, 1]"
             )
         self.model, self.schedule, self.criterion = model, dict(sorted(schedule.items())), criterion
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.optimizers = with_state(optimizer)
+        _check_none_is_forgotten(self.optimizers, model)
         self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
         repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
-        self.target, self.split, self.guard, self.keep_means, self.seed = target, split, guard, keep_means, seed
+        self.target, self.split, self.guard, self.seed = target, split, guard, seed
         self.round_to, self.min_units, self.max_ratio = round_to, min_units, max_ratio
         self.epoch = 0
         """Epochs that have ended."""
         self.graph = trace(model, example_inputs, ignore=ignore)
-        self.statistics = ActivationStatistics(
-            model, self.graph, every=every, classes=classes, seed=seed, means=keep_means
-        )
+        self.statistics = ActivationStatistics(model, self.graph, every=every, seed=seed)
         self._inputs = as_inputs(example_inputs)
         self._size = model_size(model, self._inputs)
         self._original_macs = self._size.macs[""]
@@ -169,18 +166,17 @@ class ActivationPruner:
 
         Raises:
             ValueError: the criterion cannot score a group, or an optimizer has state that cannot be cut.
-            RuntimeError: the network would not run after the cut. Nothing has changed, whatever is raised.
+            RuntimeError: the network would not run after the cut, or this is inside a scope of :meth:`Impact.masked` or
+                :meth:`Impact.expected`. Nothing has changed, whatever is raised.
         """
         epoch = self.epoch + 1
-        self.statistics.detach()  # what the guard evaluates is not the training that is observed
-        try:
+        with self._all_or_nothing() as before:
             if epoch in self.schedule:
-                report = self._cut_to(self.schedule[epoch], epoch)
+                report = self._cut_to(self.schedule[epoch], epoch, before)
             else:
                 report = self._report(epoch, {}, {}, self._size)
             self.epoch = epoch
             self.statistics.reset()
-        finally:
             self._attach_if_due()
         return report
 
@@ -203,7 +199,7 @@ class ActivationPruner:
         return replace(self._report(self.epoch, chosen, scores.values, size), note="dry run")
 
     def _attach_if_due(self) -> None:
-        if self.epoch + 1 in self.schedule and (self._reads_activations() or self.keep_means):
+        if self.epoch + 1 in self.schedule and self._reads_activations():
             self.statistics.attach()
             if self.epoch > 0:
                 torch.compiler.reset()  # what is compiled already does not look for new hooks
@@ -213,23 +209,22 @@ class ActivationPruner:
 
     # ------------------------------------------------------------------------------- a cut
 
-    def _cut_to(self, fraction: float, epoch: int) -> PruneReport:
+    def _cut_to(self, fraction: float, epoch: int, before: _Snapshot) -> PruneReport:
         """Cuts until a fraction of what there was is gone, or as much of it as the guard bears."""
-        with self._all_or_nothing() as before:
-            scores, gone = self._scores(), self._gone()
-            chosen, metric, note = self._choose(fraction, scores), None, ""
-            if fraction <= gone:
-                note = f"{gone:.3g} of the {self.target} are gone already"
-            elif self.guard is not None:
-                borne, chosen, metric = self._bearable(fraction, scores, self.guard, before)
-                if borne < fraction:
-                    note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
-            size = model_size(self.model, self._inputs, self.graph.plan(chosen))
-            report = self._report(epoch, chosen, scores.values, size)
-            left_out = fold(self.model, self.graph, chosen, scores.means).left_out if self.keep_means else {}
-            records = self._remove(chosen, scores.means)
-            self._size = size
-            return replace(report, records=records, metric=metric, note=note, left_out=left_out)
+        scores, gone = self._scores(), self._gone()
+        chosen, metric, note = self._choose(fraction, scores), None, ""
+        if fraction <= gone:
+            note = f"{gone:.3g} of the {self.target} are gone already"
+        elif self.guard is not None:
+            borne, chosen, metric = self._bearable(fraction, scores, self.guard, before)
+            if borne < fraction:
+                note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
+        size = model_size(self.model, self._inputs, self.graph.plan(chosen))
+        note = note or self._shortfall(fraction, chosen, scores, size)
+        report = self._report(epoch, chosen, scores.values, size)
+        records = self._remove(chosen)
+        self._size = size
+        return replace(report, records=records, metric=metric, note=note, left_out=scores.left_out)
 
     def _bearable(
         self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
@@ -242,7 +237,7 @@ class ActivationPruner:
         for _ in range(1 + _SMALLER_CUTS):
             before.restore()
             chosen = self._choose(asked, scores)
-            self._remove(chosen, scores.means)
+            self._remove(chosen)
             end = _mean_over_processes(measure(self.model))
             if start - end <= tolerance:  # not so for nan
                 best = (asked, chosen, (start, end))
@@ -262,22 +257,31 @@ class ActivationPruner:
             seed=self.seed,
         )
         criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
-        values = {name: criterion(group, context).detach().cpu() for name, group in self._groups().items()}
+        values, left_out = {}, dict.fromkeys(self.graph.groups, "no module shows the activations of its units")
+        for name, group in self._groups().items():
+            try:
+                values[name] = criterion(group, context).detach().cpu()
+                del left_out[name]
+            except ValueError as error:  # of a layer that was skipped in what was observed, or is not trained
+                left_out[name] = str(error)
+        if self._groups() and not values:
+            raise ValueError(next(left_out[name] for name in self._groups()))
         for name, value in values.items():
             if value.shape != (size := self.graph.groups[name].size,):
                 raise ValueError(
                     f"the criterion gives scores of shape {tuple(value.shape)} to {name}, which has {size} units; it "
                     "must give one to each"
                 )
-        return _Scores(_of_first_process(values), context.statistics, self.statistics.mean_inputs())
+        values, left_out = _of_first_process((values, left_out))
+        return _Scores(values, context.statistics, left_out)
 
     def _importances(self) -> dict[str, Tensor]:
-        """Of the weights that an ImpactSGD trains."""
+        """Of the weights of optimizers that keep importances."""
         names = {param: name for name, param in self.model.named_parameters()}
         return {
-            names[param]: optimizer.importance(param)
+            names[param]: impact.importance(param)
             for optimizer in self.optimizers
-            if self.criterion == "importance" and hasattr(optimizer, "importance")
+            if self.criterion == "importance" and (impact := impact_of(optimizer)) is not None
             for group in optimizer.param_groups
             for param in group["params"]
             if param in names
@@ -293,15 +297,37 @@ class ActivationPruner:
         if self.target == "macs":
             return 1 - self._size.macs[""] / self._original_macs
         groups = self._groups().values()
-        return 1 - sum(group.size for group in groups) / max(sum(group.original_size for group in groups), 1)
+        all_units = sum(group.original_size for group in groups)
+        return 1 - sum(group.size for group in groups) / all_units if all_units else 0.0
+
+    def _shortfall(self, fraction: float, chosen: Mapping[str, Tensor], scores: _Scores, size: ModelSize) -> str:
+        """Why nothing, or notably less than a fraction of what there was, is gone after a cut."""
+        if not scores.values:
+            where = "report.left_out" if self.graph.groups else "pruner.graph.frozen"
+            return f"no group of units can be cut: see {where}"
+        if self.target == "macs":
+            gone = 1 - size.macs[""] / self._original_macs
+        else:
+            groups = self._groups()
+            left = sum(group.size - len(chosen.get(name, ())) for name, group in groups.items())
+            gone = 1 - left / sum(group.original_size for group in groups.values())
+        if chosen and gone >= fraction - _SHORTFALL:
+            return ""
+        return (
+            f"{gone:.3g} of the {self.target} can go, not {fraction:.3g}: what can be cut is too little, or too wide "
+            f"apart with round_to={self.round_to}, min_units={self.min_units} and max_ratio={self.max_ratio}"
+        )
 
     def _choose(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
         """The units to remove, by group, so that a fraction of what there was is gone."""
         gone = self._gone()
-        if fraction <= gone:
+        if fraction <= gone or not scores.values:
             return {}
         if self.target == "units":
-            return self._lowest((fraction - gone) / (1 - gone), scores)
+            groups = self._groups()
+            # What has no score stays, and the others go instead.
+            scored = sum(groups[name].size for name in scores.values) / sum(group.size for group in groups.values())
+            return self._lowest(min((fraction - gone) / (1 - gone) / scored, 1.0), scores)
 
         # MACs go about with the square of the widths, and widths with the fraction of units: a straight line between
         # two roots of MACs meets the wanted one after few trials.
@@ -324,7 +350,7 @@ class ActivationPruner:
         return best[1]
 
     def _lowest(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
-        groups = self._groups()
+        groups = {name: self.graph.groups[name] for name in scores.values}
         least = {name: math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9) for name, group in groups.items()}
         return units_to_remove(
             scores.values,
@@ -335,19 +361,14 @@ class ActivationPruner:
             min_units={name: max(self.min_units, units) for name, units in least.items()},
         )
 
-    def _remove(self, chosen: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> list[PruneRecord]:
+    def _remove(self, chosen: Mapping[str, Tensor]) -> list[PruneRecord]:
         """Cuts everything that knows of the units. Where it raises, part of it may have been cut."""
         kept = {}
         for name, units in chosen.items():
             stays = torch.ones(self.graph.groups[name].size, dtype=torch.bool)
             stays[units] = False
             kept[name] = stays.nonzero().flatten()
-        for average in self.averaged if means else ():
-            average = unwrapped(average, self.model)
-            tensors = named_tensors(average)
-            for name, value in fold(average, self.graph, chosen, means).values.items():
-                tensors[name].data = value
-        records = cut(self.model, self.graph, chosen, means)
+        records = cut(self.model, self.graph, chosen)
         repair(records, self.model, optimizers=self.optimizers, averaged=self.averaged)
         self.statistics.keep(kept)
         return records
@@ -377,11 +398,17 @@ class ActivationPruner:
 
     @contextmanager
     def _all_or_nothing(self) -> Generator[_Snapshot, None, None]:
+        """Without hooks inside: what a guard evaluates is not the training that is observed."""
+        if any(impact.in_scope for impact in impacts_around(self.optimizers, self.model)):
+            raise RuntimeError("a cut changes the dense weights: leave the scope of masked() or expected() first")
         before = _Snapshot(self)
+        self.statistics.detach()
         try:
             yield before
         except BaseException:
             before.restore()
+            self.statistics.detach()
+            self._attach_if_due()
             raise
 
     # ------------------------------------------------------------------------------- state dict
@@ -401,8 +428,7 @@ class ActivationPruner:
             ValueError: it is not of this model, or the model has been cut otherwise, or an optimizer or an averaged
                 copy was loaded first. Nothing has changed then.
         """
-        # On the CPU, like those of the graph, wherever the state was loaded to.
-        units, groups = {name: left.cpu() for name, left in state_dict["units"].items()}, self.graph.groups
+        (epoch, units), groups = _checked(state_dict), self.graph.groups
         if units.keys() != groups.keys():
             differing = sorted(units.keys() ^ groups.keys())
             raise ValueError(
@@ -414,26 +440,24 @@ class ActivationPruner:
                     f"{name} has lost units that the state has, or never had them: load into a newly built model"
                 )
         chosen = {name: (~torch.isin(groups[name].original, left)).nonzero().flatten() for name, left in units.items()}
-        self.statistics.detach()
-        try:
-            with self._all_or_nothing():
-                try:
-                    self._remove({name: positions for name, positions in chosen.items() if len(positions)}, {})
-                except ValueError as error:
-                    raise ValueError(
-                        f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
-                    ) from error
-                self.statistics.load_state_dict(state_dict["statistics"])
-                self._size = model_size(self.model, self._inputs)
-            self.epoch = int(state_dict["epoch"])
-        finally:
+        with self._all_or_nothing():
+            try:
+                self._remove({name: positions for name, positions in chosen.items() if len(positions)})
+            except ValueError as error:
+                raise ValueError(
+                    f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
+                ) from error
+            self.statistics.load_state_dict(state_dict["statistics"])
+            self._size = model_size(self.model, self._inputs)
+            self.epoch = epoch
             self._attach_if_due()
 
 
 class _Scores(NamedTuple):
     values: Mapping[str, Tensor]
     statistics: Mapping[str, Sequence[UnitStatistics]]
-    means: Mapping[str, Tensor]
+    left_out: dict[str, str]
+    """Groups that have none -> why."""
 
 
 class _Snapshot:
@@ -451,10 +475,11 @@ class _Snapshot:
         self._params = [(param, param.data, param.grad) for param in params]
         self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
+        self._masks = [(mask, mask.factors) for mask in drawn_masks(pruner.optimizers, pruner.model)]
         self._graph = {key: deepcopy(value) for key, value in vars(pruner.graph).items() if key != "_inputs"}
         statistics = pruner.statistics
-        self._statistics = deepcopy((statistics.groups, statistics.inputs, statistics.batches))
-        self._size = pruner._size
+        self._statistics = deepcopy((statistics.groups, statistics.batches))
+        self._size, self._epoch = pruner._size, pruner.epoch
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -472,10 +497,26 @@ class _Snapshot:
         for optimizer, state in self._states:
             if optimizer.state is not state:
                 replace_state(optimizer, state)
+        for mask, factors in self._masks:
+            if not mask.is_over:
+                mask.factors = factors
         vars(self._pruner.graph).update(deepcopy(self._graph))
         statistics = self._pruner.statistics
-        statistics.groups, statistics.inputs, statistics.batches = deepcopy(self._statistics)
-        self._pruner._size = self._size
+        statistics.groups, statistics.batches = deepcopy(self._statistics)
+        self._pruner._size, self._pruner.epoch = self._size, self._epoch
+
+
+def _checked(state: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
+    """The epoch and the units of a state dict, on the CPU, like those of the graph, wherever it was loaded to."""
+    if missing := {"epoch", "units", "statistics"} - state.keys():
+        raise ValueError(f"the state has no {sorted(missing)}: hand in what ActivationPruner.state_dict() gave")
+    epoch, units = state["epoch"], state["units"]
+    if type(epoch) is not int or not 0 <= epoch < _MOST_EPOCHS:
+        raise ValueError(f"the state is damaged: its epoch is {epoch!r}, which is no number of epochs")
+    for name, left in units.items():
+        if not isinstance(left, Tensor) or left.dtype != torch.int64 or left.dim() != 1 or (left.diff() <= 0).any():
+            raise ValueError(f"the state is damaged: the units of {name!r} are no ascending numbers")
+    return epoch, {name: left.cpu() for name, left in units.items()}
 
 
 def _mean_over_processes(metric: float) -> float:
@@ -486,7 +527,7 @@ def _mean_over_processes(metric: float) -> float:
     return sum(metrics) / len(metrics)
 
 
-def _of_first_process(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_first_process(scores: _T) -> _T:
     """Where processes train together they must cut alike, to the last bit of a score."""
     if dist.is_available() and dist.is_initialized():
         box = [scores]
@@ -506,6 +547,19 @@ def _check_model(model: nn.Module) -> None:
         )
     if hasattr(model, "_orig_mod"):
         raise TypeError("ActivationPruner takes the module that torch.compile got, not what it returned")
+
+
+def _check_none_is_forgotten(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Raises for an optimizer whose state a cut would not reach, though it shows itself: by its masks."""
+    params = set(model.parameters())
+    for impact in impacts_around(optimizers, model):
+        for other in with_state(impact.optimizers):
+            is_known = any(other is optimizer for optimizer in optimizers)
+            if not is_known and any(param in params for group in other.param_groups for param in group["params"]):
+                raise ValueError(
+                    f"{type(other).__name__} trains this {type(model).__name__} with masks, and its state has to be "
+                    "cut as well: hand it in, as optimizer=. If it trains no more, detach() it before"
+                )
 
 
 def _check_schedule(schedule: Mapping[int, float]) -> None:

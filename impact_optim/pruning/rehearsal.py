@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import itertools
 import logging
+import random
+import sys
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -84,14 +91,18 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     # Shapes that do not fit are an answer here, not an error for the log.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled = log.disabled
+    # Layers that Python drops at random are dropped alike in every rehearsal.
+    chance = random.getstate()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         log.disabled = True
+        random.seed(0)
         for module, _ in before:
             module.training = training
         yield
     finally:
+        random.setstate(chance)
         torch.backends.mha.set_fastpath_enabled(fastpath)
         log.disabled = disabled
         for module, mode in before:
@@ -149,7 +160,8 @@ def _not_run(model: nn.Module, opaque: Mapping[str, list[Any]]) -> Iterator[None
 @contextmanager
 def _without_data(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Inputs]:
     """The model with the shapes that a plan gives it; yields inputs for it."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # Symbols stand for numbers that code takes out of tensors; it may keep them, but not decide by them.
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     first = first_names(model)
     stand_ins: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model).items():
@@ -169,7 +181,7 @@ def _without_data(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Inpu
                 if tensor is not None:
                     name = first[f"{prefix}.{key}" if prefix else key]
                     places.append((store, key, tensor, stand_ins[name]))
-    attributes = [(module, _plain(module)) for module in model.modules()]
+    held = _Held(model)
     try:
         for store, key, _, stand_in in places:
             store[key] = stand_in
@@ -178,28 +190,133 @@ def _without_data(model: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[Inpu
     finally:
         for store, key, tensor, _ in places:
             store[key] = tensor
-        for module, plain in attributes:
-            for key in _plain(module).keys() - plain.keys():
-                del vars(module)[key]
-            for key, (value, content) in plain.items():
-                vars(module)[key] = value
-                if type(value) is dict:
-                    value.clear()
-                    value.update(content)
-                elif type(value) is list:
-                    value[:] = content
+        held.put_back()
+        caches.forget_fakes()
 
 
-def _plain(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Attributes that are not torch's own, and what dicts and lists hold: forward passes cache tensors there."""
-    return {
-        key: (value, copy.copy(value) if type(value) in (dict, list) else None)
-        for key, value in vars(module).items()
-        if key not in _TORCHS_OWN
-    }
+class _Held:
+    """What attributes hold beside parameters: forward passes cache tensors there, which must not be the fake ones.
+
+    Of modules it is all but torch's own attributes, of their classes and of the files that these are from what is a
+    container; of these, and of objects, what is inside, a few levels down.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._lists: list[tuple[Any, list[Any]]] = []
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._known: set[int] = set()
+        modules = list(model.modules())
+        for module in modules:
+            before = {key: value for key, value in vars(module).items() if key not in _TORCHS_OWN}
+            self._dicts.append((vars(module), before))
+            for value in before.values():
+                self._hold(value, _LEVELS)
+        classes = {kind for module in modules for kind in type(module).__mro__ if not _is_torchs(kind)}
+        for kind in classes:
+            self._classes.append((kind, dict(vars(kind))))
+            self._hold({key: value for key, value in vars(kind).items() if isinstance(value, dict | list)}, _LEVELS)
+        for name in {kind.__module__ for kind in classes}:
+            values = vars(sys.modules[name]).values() if name in sys.modules else ()
+            for value in list(values):
+                if isinstance(value, dict | list) and len(value) <= _LARGE:
+                    self._hold(value, 1)
+
+    def _hold(self, value: Any, levels: int) -> None:
+        if not levels or isinstance(value, Tensor | nn.Module | type) or id(value) in self._known:
+            return
+        self._known.add(id(value))
+        inside: Iterable[Any] = ()
+        if isinstance(value, dict | list | deque | set):
+            if len(value) > _LARGE:
+                return
+            # Of dicts past what subclasses make of it: some build what is asked for.
+            inside = list(dict.values(value) if isinstance(value, dict) else value)
+            if isinstance(value, dict):
+                self._dicts.append((value, dict(dict.items(value))))
+            else:
+                self._lists.append((value, list(inside)))
+        elif isinstance(value, tuple):
+            inside = value
+        elif hasattr(value, "__dict__") and not callable(value) and not _is_torchs(type(value)):
+            inside = list(vars(value).values())
+            self._dicts.append((vars(value), dict(vars(value))))
+        for part in inside:
+            self._hold(part, levels - 1)
+
+    def put_back(self) -> None:
+        """Undoes what has changed."""
+        for now, before in self._dicts:
+            own = _TORCHS_OWN if "_parameters" in now else ()
+            if dict.keys(now) - own != before.keys() or any(
+                dict.get(now, key) is not value for key, value in before.items()
+            ):
+                kept = {key: now[key] for key in own}
+                now.clear()
+                now.update({**kept, **before})
+        for values, content in self._lists:
+            if len(values) != len(content) or any(a is not b for a, b in zip(values, content, strict=True)):
+                values.clear()
+                (values.update if isinstance(values, set) else values.extend)(content)
+        for kind, attributes in self._classes:
+            for key in vars(kind).keys() - attributes.keys():
+                delattr(kind, key)
+            for key, value in attributes.items():
+                if vars(kind)[key] is not value:
+                    setattr(kind, key, value)
 
 
 _TORCHS_OWN = vars(nn.Module()).keys()
+_LEVELS, _LARGE = 4, 10_000
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("torch", "builtins")
+
+
+class _Caches:
+    """The caches of functions in this process: a forward pass may put tensors into them.
+
+    To find them takes a look at every object. So it is done where a model is traced, and again where modules have been
+    imported since. What a forward pass makes anew is not in question: :class:`_Held` throws it away.
+    """
+
+    def __init__(self) -> None:
+        self._calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        """By function, how often it had been called when its cache was last looked at."""
+        self._imported = 0
+
+    def find(self) -> None:
+        self._imported = len(sys.modules)
+        for found in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
+            self._calls.setdefault(found, 0)
+
+    def forget_fakes(self) -> None:
+        """Empties those that hold tensors without data."""
+        if len(sys.modules) != self._imported:
+            self.find()
+        for cached, before in list(self._calls.items()):
+            info = cached.cache_info()
+            if (calls := info.hits + info.misses) == before:
+                continue
+            if info.currsize and _holds_fakes(gc.get_referents(cached), 3):
+                cached.cache_clear()
+                calls = 0
+            self._calls[cached] = calls
+
+
+caches = _Caches()
+
+
+def _holds_fakes(values: Iterable[Any], levels: int) -> bool:
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return True
+        if levels and type(value) in (tuple, list) and _holds_fakes(value, levels - 1):
+            return True
+        if levels and isinstance(value, dict) and _holds_fakes(list(dict.values(value)), levels - 1):
+            return True
+    return False
 
 
 def forward(model: nn.Module, inputs: Inputs, plan: Plan, training: bool = False) -> None:
@@ -212,6 +329,17 @@ def export(model: nn.Module, inputs: Inputs, plan: Plan, training: bool = False)
     """The program of ATen operators that the model runs after a cut."""
     with _mode(model, training), _without_data(model, plan, inputs) as (args, kwargs), torch.no_grad():
         return torch.export.export(model, args, copy.copy(kwargs), strict=False)
+
+
+def unknown_output(model: nn.Module, inputs: Inputs, plan: Plan, training: bool) -> str:
+    """The type of something in a model's output that is neither a tensor nor a number, if the model runs so far."""
+    try:
+        with _mode(model, training), _without_data(model, plan, inputs) as (args, kwargs), torch.no_grad():
+            leaves = tree_leaves(model(*args, **kwargs))
+    except Exception:
+        return ""
+    plain = (Tensor, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
+    return next((type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)), "")
 
 
 def culprit(model: nn.Module, error: BaseException) -> tuple[str, str]:

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ..impact import Impact, attached_impacts, impact_of
+from ..importances import Mask
 from .architecture import integer_attributes, set_integer_attributes
 from .rehearsal import named_tensors
 from .surgery import PruneRecord, select
 
-__all__ = ["repair", "replace_state", "unwrapped"]
+__all__ = ["drawn_masks", "impacts_around", "repair", "replace_state", "unwrapped", "with_state"]
 
 T = TypeVar("T")
+Optimizers = Optimizer | Impact | Iterable[Optimizer | Impact]
 
 
 class _Cut(NamedTuple):
@@ -36,19 +39,21 @@ def repair(
     records: Iterable[PruneRecord],
     model: nn.Module,
     *,
-    optimizers: Optimizer | Iterable[Optimizer] = (),
+    optimizers: Optimizers = (),
     averaged: nn.Module | Iterable[nn.Module] = (),
 ) -> None:
     """Cuts the state of optimizers and averaged copies of a model as the model itself was cut.
 
     Of an optimizer's state, a tensor of the parameter's shape is cut like the parameter; one that was reduced over
     some dimensions, as row and column statistics are, is cut along those that it has; scalars stay. Parameters,
-    groups, their order and options stay. Everything is worked out before anything is changed: all or nothing.
+    groups, their order and options stay. Masks that a pass of this step has seen are cut as well. Everything
+    is worked out before anything is changed: all or nothing.
 
     Args:
         records: what :func:`~impact_optim.pruning.surgery.cut` returned.
         model: after the cut.
-        optimizers: one or several, of the model's parameters.
+        optimizers: one or several, of the model's parameters; those that they wrap are cut as well. An
+            :class:`~impact_optim.Impact` stands for the optimizers that it is around.
         averaged: one or several copies of the model, such as :class:`torch.optim.swa_utils.AveragedModel`; their
             parameters have the model's names, with or without ``module.`` before them.
 
@@ -58,10 +63,13 @@ def repair(
         TypeError: an optimizer keeps state that is not of one parameter, as LBFGS does. Nothing has changed then.
     """
     cuts = _cuts(records, model)
+    found = with_state(optimizers)
     new_states = [
-        (optimizer, state)
-        for optimizer in _as_list(optimizers, Optimizer)
-        if (state := _cut_state(optimizer, model, cuts)) is not None
+        (optimizer, state) for optimizer in found if (state := _cut_state(optimizer, model, cuts)) is not None
+    ]
+    new_factors = [
+        (mask, {p: select(factor, cuts[p].kept) if p in cuts else factor for p, factor in mask.factors.items()})
+        for mask in drawn_masks(found, model)
     ]
     copies = [unwrapped(copy, model) for copy in _as_list(averaged, nn.Module)]
     new_tensors = [new for copy in copies for new in _cut_copy(copy, cuts)]
@@ -73,6 +81,8 @@ def repair(
         for optimizer, state in old_states:
             replace_state(optimizer, state)
         raise
+    for mask, factors in new_factors:
+        mask.factors = factors
     for tensor, data, grad in new_tensors:
         tensor.grad = None  # one of another shape would be refused
         tensor.data = data
@@ -81,8 +91,8 @@ def repair(
         set_integer_attributes(copy, integer_attributes(model))
 
 
-def _as_list(one_or_several: T | Iterable[T], kind: type[T]) -> list[T]:
-    return [one_or_several] if isinstance(one_or_several, kind) else list(one_or_several)  # type: ignore[arg-type]
+def _as_list(one_or_several: T | Iterable[T], *kinds: type) -> list[T]:
+    return [one_or_several] if isinstance(one_or_several, kinds) else list(one_or_several)  # type: ignore[list-item, arg-type]
 
 
 def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut]:
@@ -105,6 +115,56 @@ def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut
 
 
 # ------------------------------------------------------------------------------- optimizers
+
+
+def with_state(optimizers: Optimizers) -> list[Optimizer]:
+    """The optimizers that keep state: of those handed in, and of those that they wrap, each one once.
+
+    A wrapper (of accelerate, a Lookahead, SAM) may show the state of the optimizer inside, or have its own besides. An
+    :class:`~impact_optim.Impact` keeps its own in that of the optimizers that it is around.
+
+    Raises:
+        TypeError: one is no optimizer, or shows state that is neither its own nor that of one inside.
+    """
+    found: list[Optimizer] = []
+    handed: list[Optimizer | Impact] = _as_list(optimizers, Optimizer, Impact)
+    pending = [each for one in handed for each in (one.optimizers if isinstance(one, Impact) else [one])]
+    while pending:
+        optimizer = pending.pop(0)
+        kind = type(optimizer).__name__
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{kind} is no torch.optim.Optimizer: hand in the optimizers that it steps")
+        if any(optimizer is other for other in found):
+            continue
+        held = tree_leaves(list(vars(optimizer).values()), is_leaf=lambda value: isinstance(value, Optimizer))
+        params = {param for group in optimizer.param_groups for param in group["params"]}
+        inside = [
+            other
+            for other in held
+            if isinstance(other, Optimizer)
+            and other is not optimizer
+            and not params.isdisjoint(param for group in other.param_groups for param in group["params"])
+        ]
+        pending += inside
+        if any(optimizer.state is other.state for other in (*inside, *found)):
+            continue
+        if "state" not in vars(optimizer):
+            raise TypeError(
+                f"{kind} shows the state of optimizers that cannot be found in it: hand in the optimizers inside of it"
+            )
+        found.append(optimizer)
+    return found
+
+
+def impacts_around(optimizers: Iterable[Optimizer], model: nn.Module) -> list[Impact]:
+    """Whatever masks the weights that optimizers train, or that a model reads."""
+    found = [*map(impact_of, optimizers), *attached_impacts(model)]
+    return [impact for impact in dict.fromkeys(found) if impact is not None]
+
+
+def drawn_masks(optimizers: Iterable[Optimizer], model: nn.Module) -> list[Mask]:
+    """The masks of this step."""
+    return [mask for impact in impacts_around(optimizers, model) for mask in impact.masks()]
 
 
 def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut]) -> dict[Tensor, Any] | None:

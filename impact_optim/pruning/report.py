@@ -54,7 +54,7 @@ class PruneReport:
     note: str = ""
     """Why nothing, or less than was asked, has been cut."""
     left_out: dict[str, str] = field(default_factory=dict, repr=False)
-    """Layers that read removed units as zero, although means were to be kept -> why."""
+    """Groups that stay because they have no scores -> why."""
 
     def __str__(self) -> str:
         rows = [("layer", "units", "score", "MACs", "parameters")]
@@ -70,7 +70,7 @@ class PruneReport:
             lines.append("  ".join(cells).rstrip())
         if self.metric is not None:
             lines.append(f"metric {self.metric[0]:.6g} → {self.metric[1]:.6g}")
-        lines += [f"no mean kept: {name}: {why}" for name, why in self.left_out.items()]
+        lines += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
 

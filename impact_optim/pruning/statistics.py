@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..sampling import philox4x32
-from .folding import mean_inputs, units_read
 from .graph import Observation, UnitGraph, UnitGroup
 
 # The finest bin width. Responses below 2^-64 are those of a dead unit.
@@ -52,29 +51,6 @@ def entropy(counts: Tensor) -> Tensor:
     return torch.special.entr(c / c.sum(-1, keepdim=True).clamp_min(1.0)).sum(-1) / math.log(2.0)
 
 
-def mutual_information(counts: Tensor) -> Tensor:
-    r"""What a binned variable A tells of a class Y, :math:`I(A; Y) = H(A) - H(A|Y) = H(A) + H(Y) - H(A, Y)`, in bits.
-
-    Each entropy has the bias of its plug-in estimate taken off, :math:`(1 - m) / (2 n \ln 2)` with m occupied bins
-    and n samples; without that, units with many occupied bins would seem to know the class from few samples.
-
-    Args:
-        counts: samples by class and bin, [classes, ..., bins].
-
-    Returns:
-        float64, [...], at least 0.
-
-    Source: Miller, Note on the bias of information estimates, 1955.
-    """
-    joint = counts.movedim(0, -2)
-    tables = joint.sum(-2), joint.sum(-1), joint.flatten(-2)
-    n = tables[2].sum(-1).clamp_min(1)
-    of_bin, of_class, of_both = (
-        entropy(t) + (t.count_nonzero(dim=-1) - 1).clamp_min(0) / (2.0 * n * math.log(2.0)) for t in tables
-    )
-    return (of_bin + of_class - of_both).clamp_min(0.0)
-
-
 def coarsened(counts: Tensor, shift: Tensor) -> Tensor:
     r"""A histogram on bins :math:`2^{shift}` times as wide: bin k becomes bin :math:`\lfloor k / 2^{shift} \rfloor`.
 
@@ -89,24 +65,6 @@ def coarsened(counts: Tensor, shift: Tensor) -> Tensor:
     place = torch.arange(-half, half, device=counts.device)
     target = (place >> shift.clamp(max=62).unsqueeze(-1)) + half
     return torch.zeros_like(counts).scatter_add_(-1, target.expand_as(counts), counts)
-
-
-def levels(counts: Tensor, number: int) -> Tensor:
-    """A histogram as one of ``number`` equal bins over the range of its occupied ones, by their centres.
-
-    Where a width is a power of two, between a quarter and all of the bins are occupied; this takes that step out.
-
-    Args:
-        counts: [classes, units, bins]; each unit has its own range, that over all classes.
-        number: bins of the result.
-    """
-    bins = counts.shape[-1]
-    place = torch.arange(bins, device=counts.device)
-    occupied = counts.sum(0) > 0
-    low = torch.where(occupied, place, bins).amin(-1, keepdim=True)
-    width = (torch.where(occupied, place, -1).amax(-1, keepdim=True) + 1 - low).clamp_min(1)
-    target = ((2 * (place - low) + 1) * number).div(2 * width, rounding_mode="floor").clamp(0, number - 1)
-    return counts.new_zeros(*counts.shape[:-1], number).scatter_add_(-1, target.expand_as(counts), counts)
 
 
 # -- Rademacher complexity ------------------------------------------------------------------------------------------
@@ -258,12 +216,11 @@ class UnitStatistics:
         bins: bins of the histogram, a power of two.
         projections: vectors of random signs, at most 128; the standard error of a unit's complexity
             is :math:`0.76 / \sqrt{projections}` of it.
-        classes: number of classes, for a histogram of each; 0 for one histogram and no labels.
         seed: of the signs.
         rank: number of the data-parallel process; each has its own signs.
     """
 
-    counts: Tensor  # int32 [classes or 1, units, bins]
+    counts: Tensor  # int32 [units, bins]
     exponent: Tensor  # int64 [units]
     projections: Tensor  # float64 [projections, units]
     signs: Tensor  # int32 [projections, units]
@@ -275,7 +232,7 @@ class UnitStatistics:
     positions: Tensor
 
     _UNIT_DIM: ClassVar = {
-        "counts": 1,
+        "counts": 0,
         "exponent": 0,
         "projections": 1,
         "signs": 1,
@@ -293,7 +250,6 @@ class UnitStatistics:
         *,
         bins: int = 256,
         projections: int = 64,
-        classes: int = 0,
         seed: int = 0,
         rank: int = 0,
     ) -> None:
@@ -301,8 +257,8 @@ class UnitStatistics:
             raise ValueError(f"bins is {bins}; it must be a power of two, at least 2")
         if not 1 <= projections <= 128:
             raise ValueError(f"projections is {projections}; it must be between 1 and 128")
-        self.classes, self.seed, self.rank, self.samples = classes, seed, rank, 0
-        self.counts = torch.zeros(max(classes, 1), size, bins, dtype=torch.int32)
+        self.seed, self.rank, self.samples = seed, rank, 0
+        self.counts = torch.zeros(size, bins, dtype=torch.int32)
         self.exponent = torch.full((size,), _FINEST)
         self.projections = torch.zeros(projections, size, dtype=torch.float64)
         self.signs = torch.zeros(projections, size, dtype=torch.int32)
@@ -316,43 +272,37 @@ class UnitStatistics:
         return len(self.exponent)
 
     @torch.no_grad()
-    def update(self, activation: Tensor, dim: int, units: Tensor, labels: Tensor | None = None) -> None:
+    def update(self, activation: Tensor, dim: int, units: Tensor) -> None:
         """Takes in the activations of a batch.
 
         Args:
             activation: of any floating type; its first dimension is the samples'.
             dim: the channels' dimension.
             units: int64 on the CPU, [channels]: the unit that each channel belongs to, -1 for none.
-            labels: int64, [samples]: the class of each sample, where ``classes`` was given; samples of other classes
-                (-100, say) enter everything but the histogram.
 
         Raises:
             TypeError, ValueError: an argument is not of that form; nothing has been taken in.
         """
-        self.add(channel_responses(activation, dim), units, labels)
+        self.add(channel_responses(activation, dim), units)
 
     @torch.no_grad()
-    def add(self, channels: ChannelResponses, units: Tensor, labels: Tensor | None = None) -> None:
+    def add(self, channels: ChannelResponses, units: Tensor) -> None:
         """:meth:`update` with responses that several groups share."""
         if len(units) != channels.mean.shape[1]:
             raise ValueError(f"units are given for {len(units)} channels, the activation has {channels.mean.shape[1]}")
         n = len(channels.mean)
-        if bool(self.classes) != (labels is not None):
-            raise ValueError("labels are needed where classes are given, and only there")
-        if labels is not None and labels.shape != (n,):
-            raise ValueError(f"labels have the shape {tuple(labels.shape)}, but the activation has {n} samples")
         with torch.autocast(channels.mean.device.type, enabled=False):
             for i in range(0, n, _ROWS):
                 rows = slice(i, i + _ROWS)
                 part = ChannelResponses(channels.mean[rows], channels.positive[rows], channels.positions)
-                self._add(part, units, None if labels is None else labels[rows])
+                self._add(part, units)
 
-    def _add(self, channels: ChannelResponses, units: Tensor, labels: Tensor | None) -> None:
+    def _add(self, channels: ChannelResponses, units: Tensor) -> None:
         response, positive, positions, valid = self._of_units(channels, units)
         n = len(response)
         signs = _signs(self.samples, n, len(self.projections), self.seed, self.rank, response.device)
         self.samples += n
-        self._count(response, valid, labels)
+        self._count(response, valid)
         self.projections.addmm_(signs, response)
         self.signs += (signs @ valid.double()).int()
         self.total += response.sum(0)
@@ -386,18 +336,14 @@ class UnitStatistics:
         zero = mean.new_zeros(())
         return torch.where(valid, mean, zero).double(), torch.where(valid, positive, zero), positions, valid
 
-    def _count(self, response: Tensor, valid: Tensor, labels: Tensor | None) -> None:
-        classes, size, bins = self.counts.shape
+    def _count(self, response: Tensor, valid: Tensor) -> None:
+        size, bins = self.counts.shape
         largest = response.abs().amax(0)
         # |a| < 2^x is the reach of half of the bins, which are 2^(x - e) in number.
         e = torch.frexp(largest).exponent.long() - (bins // 2).bit_length() + 1
         self._coarsen(torch.where(largest > 0, e, _FINEST))
         place = response.mul(torch.exp2(-self.exponent.double())).floor_().clamp_(-(bins // 2), bins // 2 - 1).long()
         cell = place + bins // 2 + torch.arange(0, size * bins, bins, device=place.device)
-        if labels is not None:
-            labels = labels.to(place.device).unsqueeze(1)
-            valid = valid & (labels >= 0) & (labels < classes)
-            cell += labels.clamp(0, classes - 1) * size * bins
         self.counts.view(-1).scatter_add_(0, cell.flatten(), valid.to(torch.int32).flatten())
 
     def _coarsen(self, exponent: Tensor) -> None:
@@ -418,17 +364,7 @@ class UnitStatistics:
 
         Source: Luo & Wu, An entropy-based pruning method for CNN compression, 2017.
         """
-        return entropy(coarsened(self.counts, self.exponent.amax() - self.exponent).sum(0))
-
-    def class_information(self) -> Tensor:
-        r"""What the response tells of the class in bits: :func:`mutual_information` on 16 bins over the unit's range.
-
-        The conditional entropy H(A|Y) alone would not do: it is low for a unit that knows the class and for a unit that
-        never answers.
-        """
-        if not self.classes:
-            raise ValueError("the statistics have no histogram per class; give the number of classes and the labels")
-        return mutual_information(levels(self.counts, 16))
+        return entropy(coarsened(self.counts, self.exponent.amax() - self.exponent))
 
     def active_share(self) -> Tensor:
         r"""The share of activations above 0, over inputs and positions: one minus the average percentage of zeros.
@@ -573,7 +509,7 @@ class ActivationStatistics:
     They see the forward passes of the model in training mode and with gradients, one in ``every``. A recorded step of a
     ResNet-18 at batch 64 takes 6 to 10% longer on a CPU core, so that the default of 8 costs about 1% on average. Of
     60 000 samples it leaves 7500 an epoch, which tell an entropy to about 0.02 bits. Memory is 1.8 KiB per unit and
-    place, with classes 0.8 KiB and 256 bytes per class.
+    place.
 
     The hooks read the units' positions from ``graph`` whenever they run, so that after a cut there is only
     :meth:`keep` to call. Attach them before ``torch.compile``, which does not look for new hooks afterwards; each
@@ -583,10 +519,8 @@ class ActivationStatistics:
         model: whose modules the graph names; not a wrapper around it.
         graph: its groups.
         every: record one training pass in so many.
-        classes: number of classes, where ``labels`` are to be handed in before each training pass.
         seed: of the random signs.
         rank: number of the data-parallel process; that of ``torch.distributed`` by default.
-        means: gather the mean inputs of layers as well, for cuts that keep means.
     """
 
     def __init__(
@@ -595,31 +529,20 @@ class ActivationStatistics:
         graph: UnitGraph,
         *,
         every: int = 8,
-        classes: int = 0,
         seed: int = 0,
         rank: int | None = None,
-        means: bool = False,
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}; it must be at least 1")
         if rank is None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self.model, self.graph, self.every, self.classes = model, graph, every, classes
+        self.model, self.graph, self.every = model, graph, every
         self.batches = 0
-        self.labels: Tensor | None = None
         device = next((p.device for p in model.parameters() if p.device.type != "mps"), torch.device("cpu"))
         self.groups: dict[str, list[UnitStatistics]] = {
-            name: [
-                # A histogram per class is read on fewer bins.
-                UnitStatistics(group.size, bins=64 if classes else 256, classes=classes, seed=seed, rank=rank).to(
-                    device
-                )
-                for _ in observed(group)
-            ]
+            name: [UnitStatistics(group.size, seed=seed, rank=rank).to(device) for _ in observed(group)]
             for name, group in graph.groups.items()
         }
-        self.inputs = mean_inputs(model, graph) if means else {}
-        """By module, of the layers that read units."""
         self._handles: list[RemovableHandle] = []
         self._recording = False
 
@@ -640,9 +563,6 @@ class ActivationStatistics:
                 self._handles.append(modules[module].register_forward_pre_hook(hook, with_kwargs=True))
             else:
                 self._handles.append(modules[module].register_forward_hook(hook))
-        for module in self.inputs:
-            hook = _Hook(self, functools.partial(_observe_mean, module))
-            self._handles.append(modules[module].register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Ends it; what has been gathered stays."""
@@ -654,42 +574,22 @@ class ActivationStatistics:
     def merge(self, other: ActivationStatistics) -> None:
         """Takes in what other statistics of the same groups have gathered, from other samples."""
         self._same_groups({name: len(places) for name, places in other.groups.items()})
-        self._same_inputs({name: (mean.total, mean.count) for name, mean in other.inputs.items()})
         for name, places in self.groups.items():
             for own, theirs in zip(places, other.groups[name], strict=True):
                 own._check(theirs._tensors())
         for name, places in self.groups.items():
             for own, theirs in zip(places, other.groups[name], strict=True):
                 own.merge(theirs)
-        for name, mean in self.inputs.items():
-            mean.total += other.inputs[name].total.to(mean.total.device)
-            mean.count += other.inputs[name].count.to(mean.count.device)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, list[UnitStatistics]]:
         """``groups`` with the statistics of all processes together; see :meth:`UnitStatistics.all_reduce`."""
         return {name: [place.all_reduce(group) for place in places] for name, places in self.groups.items()}
-
-    def mean_inputs(self, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
-        """By module, the mean of what each column of its weight is multiplied with, where it has had any input.
-
-        Over all processes, the same on each; every process has to call it.
-        """
-        sums = copy.deepcopy({name: (mean.total, mean.count) for name, mean in self.inputs.items()})
-        if dist.is_available() and dist.is_initialized():
-            for tensor in (tensor for pair in sums.values() for tensor in pair):
-                dist.all_reduce(tensor, group=group)
-        return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
     def keep(self, kept: Mapping[str, Tensor]) -> None:
         """After a cut: keeps the statistics of these positions of each group that was cut."""
         for name, positions in kept.items():
             for place in self.groups[name]:
                 place.keep(positions)
-        tables = units_read(self.graph) if self.inputs else {}
-        weights = {id(tensor): name for name, tensor in self.model.named_parameters()}
-        modules = dict(self.model.named_modules())
-        for name, mean in self.inputs.items():
-            mean.keep(kept, tables.get(weights[id(modules[name].weight)], {}))
 
     def reset(self) -> None:
         """Begins anew; the next training pass is recorded."""
@@ -697,15 +597,11 @@ class ActivationStatistics:
         for places in self.groups.values():
             for place in places:
                 place.reset()
-        for mean in self.inputs.values():
-            mean.total.zero_()
-            mean.count.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers, as references. Each data-parallel process has its own."""
         groups = {name: [place.state_dict() for place in places] for name, places in self.groups.items()}
-        inputs = {name: (mean.total, mean.count) for name, mean in self.inputs.items()}
-        return {"batches": self.batches, "groups": groups, "inputs": inputs}
+        return {"batches": self.batches, "groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copies what :meth:`state_dict` gave.
@@ -714,17 +610,12 @@ class ActivationStatistics:
             ValueError: the state is that of other groups or options; nothing has been loaded.
         """
         self._same_groups({name: len(places) for name, places in state["groups"].items()})
-        inputs = state.get("inputs", {})
-        self._same_inputs(inputs)
         for name, places in self.groups.items():
             for own, theirs in zip(places, state["groups"][name], strict=True):
                 own._check(theirs)
         for name, places in self.groups.items():
             for own, theirs in zip(places, state["groups"][name], strict=True):
                 own.load_state_dict(theirs)
-        for name, mean in self.inputs.items():
-            mean.total.copy_(inputs[name][0])
-            mean.count.copy_(inputs[name][1])
         self.batches = int(state["batches"])
 
     def _same_groups(self, other: dict[str, int]) -> None:
@@ -732,18 +623,6 @@ class ActivationStatistics:
         if other != own:
             differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
             raise ValueError(f"the statistics are of other groups or places; they differ in {differing[:5]}")
-
-    def _same_inputs(self, other: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        own, theirs = (
-            {name: tuple(total.shape) for name, total in sums.items()}
-            for sums in (
-                {name: mean.total for name, mean in self.inputs.items()},
-                {name: total for name, (total, _) in other.items()},
-            )
-        )
-        if own != theirs:
-            differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
-            raise ValueError(f"the mean inputs are of other layers or sizes; they differ in {differing[:5]}")
 
 
 class _Hook:
@@ -779,17 +658,14 @@ def _do_nothing(*args: Any) -> None:
 def _begin(statistics: ActivationStatistics, model: nn.Module, args: Any) -> None:
     if not _trains(model):
         return
-    records = statistics.batches % statistics.every == 0
-    if records and statistics.classes and statistics.labels is None:
-        raise ValueError("statistics per class need the labels of each training batch; set `labels` before the pass")
-    statistics._recording = records
+    statistics._recording = statistics.batches % statistics.every == 0
     statistics.batches += 1
 
 
 # What comes after the pass is none of a batch: a recomputation in the backward pass, a part called by itself.
 def _end(statistics: ActivationStatistics, model: nn.Module, args: Any, output: Any) -> None:
     if _trains(model):
-        statistics._recording, statistics.labels = False, None
+        statistics._recording = False
 
 
 # Batch norm is renewed in training mode, but without gradients: those batches have been seen already.
@@ -818,15 +694,9 @@ def _observe(
             responses = channel_responses(activation, dim)
             for group, i in places:
                 units = observed(statistics.graph.groups[group])[i].units
-                statistics.groups[group][i].add(responses, units, statistics.labels)
+                statistics.groups[group][i].add(responses, units)
     except (TypeError, ValueError) as error:
         raise type(error)(f"no statistics of the {where} of {name!r}: {error}") from error
-
-
-def _observe_mean(name: str, statistics: ActivationStatistics, module: nn.Module, *args: Any) -> None:
-    activation = _first_argument(*args)
-    if statistics._recording and isinstance(activation, Tensor) and not isinstance(activation, FakeTensor):
-        statistics.inputs[name].update(module, activation)
 
 
 def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .folding import fold
 from .graph import UnitGraph, mismatch
 from .rehearsal import culprit, first_names, forward, named_tensors
 
@@ -23,17 +22,8 @@ class PruneRecord(NamedTuple):
     """int64, the indices that were kept, ascending."""
 
 
-def cut(
-    model: nn.Module,
-    graph: UnitGraph,
-    units: Mapping[str, Sequence[int] | Tensor],
-    means: Mapping[str, Tensor] | None = None,
-) -> list[PruneRecord]:
-    r"""Removes units from a model: it then computes what it computed with their activations zero where they are read.
-
-    With ``means``, layers that read the units take what they contributed on average into their biases, or leave it to
-    the running mean of the batch norm behind them: see :func:`~impact_optim.pruning.folding.fold`. Where the units are
-    constant, and no padding makes borders differ, the model goes on computing the same.
+def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | Tensor]) -> list[PruneRecord]:
+    """Removes units from a model: it then computes what it computed with their activations zero where they are read.
 
     In place: parameters and buffers stay the same objects, their gradients are cut as well, attributes such as
     ``out_channels`` and ``num_heads`` follow, and so does ``graph``. A forward pass without data shows first that the
@@ -43,15 +33,12 @@ def cut(
         model: the model that ``graph`` was traced from, with all cuts since.
         graph: from :func:`trace`.
         units: group name -> positions in the group, from 0 to its size less 1, of the units to remove.
-        means: module that reads units -> the mean of its input, [inputs], or of what each column of its weight is
-            multiplied with, [inputs, \*kernel]. Layers that are not there, or have no place for it, read zeros.
 
     Returns:
         One record for each dimension of a parameter or buffer that was cut.
 
     Raises:
-        ValueError: a group or a unit is not there, or a group would be left without any; a mean is of no module or of
-            another shape.
+        ValueError: a group or a unit is not there, or a group would be left without any.
         RuntimeError: the model does not fit the graph, or would not run after the cut.
     """
     plan = graph.plan(units)
@@ -76,18 +63,17 @@ def cut(
                 f"The model would not run after the cut: {module or 'the model itself'} ({line}) stops with "
                 f"{type(error).__name__}: {error}. Nothing was changed. Leave out the groups that this module uses."
             ) from error
-    if graph._positional and (fault := mismatch(model, graph, units)) is not None:
+    if (fault := mismatch(model, graph, units)) is not None:
         raise RuntimeError(
-            f"The model would not compute the same after the cut: {fault}. Nothing was changed. Its code takes units "
-            "by their position; remove others."
+            f"The model would not compute the same after the cut: {fault}. Nothing was changed. Its code depends on "
+            "which units there are, or on their number; remove others, or fewer."
         )
     modules = dict(model.named_modules())
-    folded = fold(model, graph, units, means).values if means else {}
     changes = []
-    for name in {**plan.kept, **folded}:
-        tensor, kept = tensors[name], plan.kept.get(name, {})
+    for name, kept in plan.kept.items():
+        tensor = tensors[name]
         grad = None if tensor.grad is None else select(tensor.grad, kept)
-        changes.append((tensor, select(folded.get(name, tensor), kept), grad))
+        changes.append((tensor, select(tensor, kept), grad))
     before = [(tensor, tensor.data, tensor.grad) for tensor, *_ in changes]
     sizes = {key: getattr(modules[key[0]], key[1]) for key in plan.sizes}
     try:
