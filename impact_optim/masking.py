@@ -216,8 +216,8 @@ class Masking:
         self._handles: dict[nn.Module, list[torch.utils.hooks.RemovableHandle]] = {}
         self._here = _Pass()
         self._placed: list[tuple[_Parameters, str, Tensor, int]] = []
-        self.placer = 0
-        """The id of the module for whose call compiled parts are seen to; 0 for none."""
+        self.placer = ""
+        """The key of the module for whose call compiled parts are seen to; empty for none."""
         self._dense: list[tuple[Tensor, Tensor]] | None = None
         self._samples: int | None = None
         self.entered: set[nn.Module] = set()
@@ -307,7 +307,7 @@ class Masking:
             if is_outermost and not roots:
                 roots = [part for part in module.modules() if part._compiled_call_impl is not None]
             if roots:
-                self.placer = id(module)
+                self.placer = _key(module)
                 if not is_dense or (self._samples is not None and self._dense is None):
                     self._place(roots)
         if is_dense or not module.training:
@@ -326,7 +326,7 @@ class Masking:
             return
         while here.calls.pop() is not module:  # calls inside it that were left by a KeyboardInterrupt
             pass
-        written = self._take_out() if self.placer == id(module) and module not in here.calls else []
+        written = self._take_out() if self.placer == _key(module) and module not in here.calls else []
         if not here.calls:
             written += [
                 param
@@ -424,7 +424,7 @@ class Masking:
 
     def _take_out(self) -> list[Tensor]:
         """Puts the parameters back; returns those whose masked weights were written to."""
-        self.placer, placed, self._placed = 0, self._placed, []
+        self.placer, placed, self._placed = "", self._placed, []
         written: list[Tensor] = []
         for params, name, weight, version in placed:
             param = params.placed.pop(name)
@@ -549,6 +549,11 @@ def _is_optimized(module: nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
+def _key(module: nn.Module) -> str:
+    """Names a module in compiled code, where a number might be taken for a size that varies."""
+    return hex(id(module))
+
+
 class _Hook:
     """A forward hook that a copy or a pickle of the module leaves behind: an attachment binds two living objects."""
 
@@ -556,7 +561,7 @@ class _Hook:
         self, masking: Masking, part: nn.Module, action: Callable[[Masking, nn.Module, Any, bool], None]
     ) -> None:
         self.masking = weakref.ref(masking)
-        self.part = id(part)
+        self.part = _key(part)
         self.action = action
 
     def __call__(self, module: nn.Module, args: Any, *output: Any) -> None:
@@ -565,7 +570,7 @@ class _Hook:
         if torch.compiler.is_compiling():
             masking = self.masking()
             # Masked weights are in place, or the graph breaks here so that they can be put there.
-            if masking is not None and masking.placer in (0, self.part):
+            if masking is not None and masking.placer in ("", self.part):
                 self._run(module, args, True)
         elif not (is_fx_tracing() or torch._C._is_tracing()):
             self._run(module, args, _dynamo_is_active())
