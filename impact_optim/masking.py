@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace
 
-from .importances import Mask
+from .masks import Draw, Mask
 
 # Tracing of torch.fx by itself, not as a part of torch.export; older versions of torch do not tell the two apart.
 is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
@@ -53,8 +53,8 @@ class MaskOwner(Protocol):
     def read_mask(self, param: Tensor) -> Mask | None:
         """The same, if a pass has read it already."""
 
-    def sample(self, param: Tensor, number: int, drawn: dict[Any, dict[Tensor, Tensor]]) -> Tensor | None:
-        """The factor of a parameter in mask ``number`` of a scope of :meth:`Impact.sampled`."""
+    def sample(self, param: Tensor, number: int, drawn: dict[Any, dict[Tensor, Draw]]) -> Tensor | None:
+        """A parameter under mask ``number`` of a scope of :meth:`Impact.sampled`."""
 
     def note_dense_read(self, param: Tensor) -> None:
         """Takes note that a gradient has come through a pass in eval mode."""
@@ -67,12 +67,12 @@ class _MaskedRead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, factor: Tensor, mask: Mask) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Mask) -> Tensor:
         ctx.mask, ctx.weight = mask, weakref.ref(weight)
-        return weight * factor
+        return mask.masked(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.mask.is_over:
             raise RuntimeError(
                 "a backward pass has reached a forward pass that was made before the last optimizer step, under masks "
@@ -80,7 +80,7 @@ class _MaskedRead(torch.autograd.Function):
             )
         if (weight := ctx.weight()) is not None:
             ctx.mask.contributed[weight] = torch._C._current_graph_task_id()
-        return grad, None, None
+        return grad, None
 
 
 class _DenseRead(torch.autograd.Function):
@@ -201,7 +201,7 @@ class _Pass(threading.local):
         self.frame: FrameType | None = None
         self.reads: dict[Tensor, _Read] = {}
         self.recurrent: set[nn.RNNBase] = set()
-        self.samples: dict[Any, dict[Tensor, Tensor]] = {}
+        self.samples: dict[Any, dict[Tensor, Draw]] = {}
 
 
 class Masking:
@@ -386,8 +386,7 @@ class Masking:
         if owner is not None and self._samples is not None:
             if not here.samples:
                 self._samples += 1
-            factor = owner.sample(param, self._samples, here.samples)
-            return None if factor is None else param.detach() * factor.to(param.dtype)
+            return owner.sample(param, self._samples, here.samples)
         if owner is None or not (_differentiates() if module.training else torch.is_grad_enabled()):
             return None
         mask = owner.current_mask(param)
@@ -489,13 +488,12 @@ def attached_maskings(module: nn.Module) -> Iterator[Masking]:
 def _masked(param: Tensor, mask: Mask) -> Tensor:
     """The masked weight, as a function of the parameter."""
     mask.is_read = True
-    factor = mask.factors[param].to(param.dtype)
     if not torch._C._are_functorch_transforms_active():
-        return cast(Tensor, _MaskedRead.apply(param, factor, mask))
+        return cast(Tensor, _MaskedRead.apply(param, mask))
     mask.contributed[param] = -1  # a transform has no backward pass that would tell
     masked = param.clone()  # its gradient is the identity
     with torch.no_grad():
-        masked.mul_(factor)
+        masked.mul_(mask.factor(param).to(param.dtype))
     return masked
 
 
@@ -537,7 +535,7 @@ def _module_call() -> FrameType | None:
     return frame
 
 
-def _dynamo_is_active() -> bool:
+def dynamo_is_active() -> bool:
     """Whether frames that are called from here may be compiled."""
     dynamo = sys.modules.get("torch._C._dynamo.eval_frame") if "torch._dynamo" in sys.modules else None
     return dynamo is not None and dynamo.get_eval_frame_callback() not in (None, False)
@@ -571,15 +569,17 @@ class _Hook:
             masking = self.masking()
             # Masked weights are in place, or the graph breaks here so that they can be put there.
             if masking is not None and masking.placer in ("", self.part):
-                self._run(module, args, True)
+                self._run_uncompiled(module, args)
         elif not (is_fx_tracing() or torch._C._is_tracing()):
-            self._run(module, args, _dynamo_is_active())
+            if dynamo_is_active():
+                self._run_uncompiled(module, args)
+            elif (masking := self.masking()) is not None:
+                self.action(masking, module, args, False)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _run(self, module: nn.Module, args: Any, compiled: bool) -> None:
-        masking = self.masking()
-        if masking is not None:
-            self.action(masking, module, args, compiled)
+    def _run_uncompiled(self, module: nn.Module, args: Any) -> None:
+        if (masking := self.masking()) is not None:
+            self.action(masking, module, args, True)
 
     def __reduce__(self) -> Any:
         # A function that does nothing, which every Python can unpickle.
