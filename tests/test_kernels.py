@@ -18,7 +18,9 @@ from impact_optim.sampling import ROW, as_uniform, bits
 from impact_optim.signals import READS_STEP
 from impact_optim.simplex import fill_level
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(
+    cpu.library() is None and not torch.cuda.is_available(), reason="there is no C++ compiler"
+)
 
 ROUNDING = 1e-6  # a draw may differ where its random number lies this close to π
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 2e-2}
@@ -103,11 +105,13 @@ def check_draws(impacts, nets, seed, step):
     """The draws of both, where they differ, and how many there are; they may where u lies within rounding of π."""
     theirs, ours = (impact._simplexes[impact.optimizers[0]][0] for impact in impacts)
     doubtful, differ = 0, []
-    u = as_uniform(bits(range(-(-ours.numel // ROW)), seed=seed, step=step, group=0)[: ours.numel])
+    u = as_uniform(bits(range(-(-ours.numel // ROW)), seed=seed, step=step, group=0)[: ours.numel]).to(
+        ours.members[0].device
+    )
     for p, q in zip(theirs.members, ours.members, strict=True):
         _, start, stop = ours._places[q]
         kept = [s.current_mask().factor(t) != 0 for s, t in ((theirs, p), (ours, q))]
-        alive = (q.detach() != 0) | torch.tensor(not ours.group["hold_zeros"])
+        alive = torch.ones_like(q, dtype=torch.bool) if not ours.group["hold_zeros"] else q.detach() != 0
         other = (kept[0] != kept[1]) & alive
         keep = impacts[1].keep_probability(q)
         near = torch.empty_like(keep)
@@ -119,11 +123,11 @@ def check_draws(impacts, nets, seed, step):
     return doubtful, differ
 
 
-def compare(base, base_options, options, shapes, dtype, channels_last, steps=3):
+def compare(base, base_options, options, shapes, dtype, channels_last, steps=3, device="cpu"):
     """Both take every step from the same state; returns how many draws were doubtful, and how many there were."""
     if dtype is torch.bfloat16 and options["importance"] in READS_STEP:
         options = {**options, "importance": "saliency"}  # the difference of two rounded weights is mostly rounding
-    nets = [Net(shapes, dtype, channels_last, options["hold_zeros"]) for _ in range(2)]
+    nets = [Net(shapes, dtype, channels_last, options["hold_zeros"]).to(device) for _ in range(2)]
     made = [build(base, base_options, net, options, fused) for net, fused in zip(nets, (False, None), strict=True)]
     impacts, optimizers = [impact for impact, _ in made], [optimizer for _, optimizer in made]
     assert impacts[0]._simplexes[optimizers[0]][0].weights() is None
@@ -131,7 +135,7 @@ def compare(base, base_options, options, shapes, dtype, channels_last, steps=3):
     generator = torch.Generator().manual_seed(1)
     doubtful = draws = 0
     for step in range(steps):
-        targets = [torch.randn(shape, generator=generator) for shape in shapes]
+        targets = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
         differ = {}
         if options["drop_rate"] > 0:
             for impact in impacts:

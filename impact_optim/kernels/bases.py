@@ -28,6 +28,8 @@ def base_of(optimizer: Optimizer, group: dict[str, Any], params: Sequence[Tensor
     of = next((of for base, of in _BASES.items() if isinstance(optimizer, base)), None)
     if of is None or group.get("differentiable") or group.get("capturable"):
         return None
+    if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in (group["lr"], group["weight_decay"])):
+        return None  # to read it would wait for the device
     return of([optimizer.state.get(p, {}) for p in params], optimizer, group, params)
 
 
