@@ -1,13 +1,14 @@
 """Which recipe takes half of a ResNet's MACs without loss at the end of a run of realistic length.
 
     python benchmarks/pruning_recipe.py --phase screen   # learning rates and variants, on a validation split
-    python benchmarks/pruning_recipe.py --phase final --recipes entropy:global:ramp rademacher:rademacher:ramp
+    python benchmarks/pruning_recipe.py --phase final    # what that has chosen, and its peers, on the test set
     python benchmarks/pruning_recipe.py --table
 
-A ResNet-18 in its CIFAR form and narrow, on Fashion-MNIST, SGD with a cosine schedule. Recipes are chosen in the first
-phase, which never sees the test set; the second one trains the chosen ones, the peers and the uncut network with other
-seeds, and reports on the test set. In both a seed gives all arms the same initial weights and the same batches, and
-all arms of an optimizer have the learning rate with which its *uncut* network did best on the validation split.
+A ResNet-18 in its CIFAR form and narrow, on Fashion-MNIST, SGD with a cosine schedule. The first phase never sees the
+test set, and chooses the two of our arms that end highest on average over its seeds. The second trains these, the peers
+and the uncut network with other seeds, and reports on the test set. In both a seed gives all arms the same initial
+weights and the same batches, and all arms of an optimizer have the learning rate with which its *uncut* network did
+best on the validation split.
 
 An arm is written ``CRITERION:SPLIT:SCHEDULE@TARGET``:
 
@@ -103,6 +104,7 @@ SCREENED = [
     "importance:uniform:ramp",
     "torch-pruning:global:ramp",
 ]
+NOT_OURS = ("uncut", "uncut+impact", "l1", "random", "torch-pruning", "importance")
 PEERS = ["torch-pruning:uniform:ramp", "l1:uniform:ramp", "random:uniform:ramp"]
 
 
@@ -561,13 +563,43 @@ def declared(args: argparse.Namespace) -> list[tuple[Arm, int, float | None]]:
 
 def final_arms(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The arms that the answer hangs on, uncut and the best first; and others. Names may come twice."""
-    best, *others = args.recipes
+    best, *others = (text.partition("@")[0] for text in args.recipes)
     texts = [*others, *(f"entropy:{split}:ramp" for split in SPLITS)]
     texts += ["rademacher:rademacher:ramp", "rademacher:uniform:ramp"]
     texts += ["uncut+impact", "importance:uniform:ramp", "torch-pruning:global:ramp", "l1:global:ramp"]
     for target in ("@macs0.7", "@params0.5", "@macs0.3"):
         texts += [text + target for text in (best, "scratch", *PEERS[:2])]
     return ["uncut", best, *PEERS[:2], "scratch", *PEERS[2:]], texts
+
+
+def screening(args: argparse.Namespace) -> list[Line]:
+    """The lines of the screening that fits these settings."""
+    wanted = {key: value for key, value in settings(args).items() if key not in ("phase", "numerics")}
+    lines = Lines(args.screened or args.out).all()
+    return [line for line in lines if line["phase"] == "screen" and same(line, wanted)]
+
+
+def chosen_recipes(lines: Sequence[Line], at_least: int = 8) -> list[str]:
+    """The two of our arms that end highest above the uncut network on the validation split, the best first.
+
+    On average over as many seeds as at least so many arms have been trained with.
+    """
+    lr = best_learning_rate(lines, "uncut")
+    ends: dict[str, dict[int, float]] = {}
+    for line in lines:
+        if line["lr"] == lr and line["optimizer"] == "SGD":
+            ends.setdefault(line["arm"], {})[line["seed"]] = line["end"]
+    uncut = ends.pop("uncut", {})
+    ours = {
+        arm: [end - uncut[seed] for seed, end in sorted(found.items()) if seed in uncut]
+        for arm, found in ends.items()
+        if arm.split(":")[0] not in NOT_OURS and arm.endswith("@macs0.5")
+    }
+    for seeds in range(len(SCREEN_SEEDS), 0, -1):
+        means = {arm: fmean(found[:seeds]) for arm, found in ours.items() if len(found) >= seeds}
+        if len(means) >= (at_least if seeds > 1 else 1):
+            return sorted(means, key=lambda arm: -means[arm])[:2]
+    raise SystemExit("nothing has been screened: give --recipes, or run --phase screen first")
 
 
 def best_learning_rate(lines: Sequence[Line], name: str) -> float | None:
@@ -604,8 +636,7 @@ class Dispatcher:
             return None
         if any(task["tuning"] and task["arm"] == arm.uncut for task in self.flying.values()):
             return None
-        wanted = {key: value for key, value in settings(self.args).items() if key not in ("phase", "numerics")}
-        found = best_learning_rate([line for line in self.lines.all() if same(line, wanted)], arm.uncut)
+        found = best_learning_rate(screening(self.args), arm.uncut)
         if found is None:
             raise SystemExit(f"no learning rate of {arm.uncut}: give --lr and --impact-lr, or run --phase screen first")
         return found
@@ -694,7 +725,8 @@ def time_numerics(args: argparse.Namespace) -> None:
     """Prints, as JSON, the milliseconds that the device is busy in a step, by numerics; the odd widths of a cut
     network are half of it."""
     result = {}
-    for numerics in NUMERICS if args.device == "cuda" else ["tf32-nhwc"]:
+    tried = NUMERICS if args.device == "cuda" else ["tf32-nhwc"]
+    for numerics in tried if args.numerics == "auto" else [args.numerics]:
         x, y = torch.randn(args.batch, 1, 28, 28), torch.randint(10, (args.batch,))
         inputs = Inputs(Data(x, y, x[:1], y[:1], 10), args.batch, numerics, torch.device(args.device))
         busy = []
@@ -736,7 +768,7 @@ def device_seconds(work: Callable[[], None]) -> float:
 
 def probe(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, list[list[float]]] | None:
     """What :func:`time_numerics` says in a process of its own; ``None`` if that fails or hangs."""
-    command = [sys.executable, __file__, "--probe", "--device", args.device]
+    command = [sys.executable, __file__, "--probe", "--device", args.device, "--numerics", args.numerics]
     command += ["--width", str(args.width), "--batch", str(args.batch)]
     try:
         done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=60, check=False)
@@ -774,7 +806,12 @@ class MPS:
             return False
         try:
             done = subprocess.run(
-                [self.program, "-d"], env=self.environment, timeout=20, check=False, stdout=subprocess.DEVNULL
+                [self.program, "-d"],
+                env=self.environment,
+                timeout=20,
+                check=False,
+                stdout=subprocess.DEVNULL,  # it lives on, and would hold a pipe open
+                stderr=subprocess.DEVNULL,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             print(f"no MPS: {error}", flush=True)
@@ -920,7 +957,8 @@ def main() -> None:
     parser.add_argument("--phase", choices=("screen", "final"), default="screen")
     parser.add_argument("--table", action="store_true", help="print the tables of --out, and train nothing")
     parser.add_argument("--list", action="store_true", help="print the runs in their order, and train nothing")
-    parser.add_argument("--recipes", nargs="+", default=["entropy:global:ramp", "rademacher:rademacher:ramp"])
+    parser.add_argument("--recipes", nargs="+", help="of the final phase, the best first (chosen by the screening)")
+    parser.add_argument("--screened", type=Path, help="lines of the screening, for the final phase (--out)")
     parser.add_argument("--arms", nargs="+", help="these instead of the phase's own")
     parser.add_argument("--schedule", help="what `ramp` stands for (cubic, from a tenth to 0.7 of the epochs)")
     parser.add_argument("--seeds", type=int, help="screen: at most 2 (2); final (5)")
@@ -947,11 +985,16 @@ def main() -> None:
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     lines = Lines(args.out)
-    args.schedule = args.schedule or usual_schedule(args.epochs)
     args.seeds = args.seeds or (2 if args.phase == "screen" else 5)
     args.stop = args.stop if args.stop is not None else args.deadline + 60
     if args.probe:
         return time_numerics(args)
+    if args.phase == "final" and not args.table and not args.arms:
+        args.recipes = args.recipes or chosen_recipes(screening(args))
+        print(f"recipes: {' '.join(args.recipes)}", flush=True)
+        schedule = args.recipes[0].partition("@")[0].split(":")[-1]  # the peers have that of the best
+        args.schedule = args.schedule or (schedule if schedule != "ramp" else None)
+    args.schedule = args.schedule or usual_schedule(args.epochs)
     if args.table:
         return print_tables(lines.all())
     if args.list:
