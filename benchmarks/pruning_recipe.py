@@ -512,12 +512,20 @@ class Lines:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, line: Line) -> None:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        cut_short = bool(content) and not content.endswith(b"\n")
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" * cut_short + json.dumps(line) + "\n")
 
     def all(self) -> list[Line]:
         rows = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(row) for row in rows if row.endswith("}")]  # the last may be cut short
+        return [line for row in rows if (line := self._read(row)) is not None]
+
+    def _read(self, row: str) -> Line | None:
+        try:
+            return json.loads(row)
+        except json.JSONDecodeError:  # it was cut short when its run was stopped
+            return None
 
 
 SETTINGS = ("phase", "epochs", "width", "subset", "tested", "batch", "numerics", "round_to")
