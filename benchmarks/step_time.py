@@ -6,8 +6,9 @@
 
 Every row is a candidate against fused SGD (or fused AdamW, where it is an AdamW) on weights of its own, with fixed
 gradients. The two take turns, and the ratio is that of neighbours, so that a machine whose speed drifts does not show;
-"SGD fused" against itself shows the noise. Where there are masks, the forward pass of a module that holds the weights and only reads them is timed with the
-step, and so is its backward pass: it makes the masked weights. Rows "training" time a whole step of a network.
+"SGD fused" against itself shows the noise. Where there are masks, the forward pass of a module that holds the weights
+and only reads them is timed with the step, and so is its backward pass: it makes the masked weights. Rows "training"
+time a whole step of a network.
 
 The limit of a row is the time in which the machine moves as many bytes as the step has to read and write at least, at
 the speed of `copy_` or of `add_` with large tensors, whichever is faster: a copy also fetches, uncounted, what it is
