@@ -161,9 +161,10 @@ def compare(base, base_options, options, shapes, dtype, channels_last, steps=3, 
             for key, value in theirs.items():
                 atol = max(tolerance, 1e-4) if key == "log_importance" else tolerance
                 if value.dim():
+                    atol *= max(1.0, float(value.abs().max()))  # sums of large terms may be small
                     torch.testing.assert_close(ours[key][same], value[same], rtol=max(tolerance, 1e-3), atol=atol)
-                else:
-                    assert_same(ours[key], value)
+                else:  # how many steps; the kernels of a GPU have it there
+                    assert_same(ours[key].cpu(), value.cpu())
             if options["hold_zeros"] and q.dim() > 1:
                 assert torch.equal(p == 0, q == 0)
         torch.testing.assert_close(

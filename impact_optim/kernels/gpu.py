@@ -69,71 +69,71 @@ def _factors(log_w, place, row, level, keep_floor, divisor, words, IMPORTANT: tl
 
 
 @triton.jit
-def _block(table, blocks, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of the table of a program's tensor, the offsets in it, which of them exist, and their places."""
+def _block(table, count, blocks, BLOCK: tl.constexpr):
+    """Where the table has a program's tensor, the offsets in that, which of them exist, and their places."""
     program = tl.program_id(0)
-    entry = table + tl.load(blocks + 2 * program) * COLUMNS
-    size, start = tl.load(entry), tl.load(entry + 1)
+    entry = table + tl.load(blocks + 2 * program)
+    size, start = tl.load(entry), tl.load(entry + count)
     place = tl.load(blocks + 2 * program + 1) * BLOCK + tl.arange(0, BLOCK)
     offset = place - start
     return entry, offset, (offset >= 0) & (offset < size), place
 
 
 @triton.jit
-def _pointer(entry, column: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.load(entry + column).to(tl.pointer_type(DTYPE))
+def _pointer(entry, count, column: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.load(entry + column * count).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
 def _mask_kernel(
-    table, blocks, words, levels, keep_floor, divisor,
+    table, count, blocks, words, levels, keep_floor, divisor,
     DTYPE: tl.constexpr, IMPORTANT: tl.constexpr, CONSTANT: tl.constexpr, FACTORS: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    entry, offset, inside, place = _block(table, blocks, COLUMNS, BLOCK)
+    entry, offset, inside, place = _block(table, count, blocks, BLOCK)
     log_w = tl.zeros([BLOCK], tl.float32)
     if not CONSTANT:
-        log_w = tl.load(_pointer(entry, 9, tl.float32) + offset, mask=inside, other=0.0)
+        log_w = tl.load(_pointer(entry, count, 9, tl.float32) + offset, mask=inside, other=0.0)
     row = (tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK) // 4096
     level = tl.load(levels).to(tl.float32)
     factor = _factors(log_w, place, row, level, keep_floor, divisor, words, IMPORTANT, CONSTANT)
     if FACTORS:
-        tl.store(_pointer(entry, 4, tl.float32) + offset, factor, mask=inside)
+        tl.store(_pointer(entry, count, 4, tl.float32) + offset, factor, mask=inside)
     else:
-        x = tl.load(_pointer(entry, 2, DTYPE) + offset, mask=inside, other=0.0)
+        x = tl.load(_pointer(entry, count, 2, DTYPE) + offset, mask=inside, other=0.0)
         factor = factor.to(DTYPE)
         if DTYPE == tl.bfloat16:
             masked = (x.to(tl.float32) * factor.to(tl.float32)).to(DTYPE)
         else:
             masked = x * factor
-        tl.store(_pointer(entry, 4, DTYPE) + offset, masked, mask=inside)
+        tl.store(_pointer(entry, count, 4, DTYPE) + offset, masked, mask=inside)
 
 
 @triton.jit
 def _step_kernel(
-    table, blocks, words, levels, keep_floor, divisor,
+    table, count, blocks, words, levels, keep_floor, divisor,
     scalars, sums, rate, shrink, lr, weight_decay, momentum, dampening, log_beta1, log_beta2, rest1, rest2, eps,
     DTYPE: tl.constexpr, REAL: tl.constexpr, IMPORTANT: tl.constexpr, CONSTANT: tl.constexpr,
     SIGNAL: tl.constexpr, RULE: tl.constexpr, HOLDS: tl.constexpr, MASKED: tl.constexpr, MAXIMIZE: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, AMSGRAD: tl.constexpr, LAST: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    entry, offset, inside, place = _block(table, blocks, COLUMNS, BLOCK)
-    weight = _pointer(entry, 2, DTYPE) + offset
+    entry, offset, inside, place = _block(table, count, blocks, BLOCK)
+    weight = _pointer(entry, count, 2, DTYPE) + offset
     x = tl.load(weight, mask=inside, other=0.0).to(REAL)
-    g = tl.load(_pointer(entry, 3, DTYPE) + offset, mask=inside, other=0.0).to(REAL)
+    g = tl.load(_pointer(entry, count, 3, DTYPE) + offset, mask=inside, other=0.0).to(REAL)
     is_dead = (x == 0) & HOLDS
     signed = -g if MAXIMIZE else g
     log_w = tl.zeros([BLOCK], tl.float32)
     if SIGNAL != 0 or (MASKED and not CONSTANT):
-        log_w = tl.load(_pointer(entry, 9, tl.float32) + offset, mask=inside, other=0.0)
+        log_w = tl.load(_pointer(entry, count, 9, tl.float32) + offset, mask=inside, other=0.0)
 
     factor = tl.full([BLOCK], 1.0, tl.float32)
     if MASKED:  # by the importances that the mask was drawn from
         row = (tl.load(blocks + 2 * tl.program_id(0) + 1) * BLOCK) // 4096
         level = tl.load(levels).to(tl.float32)
         factor = _factors(log_w, place, row, level, keep_floor, divisor, words, IMPORTANT, CONSTANT)
-        factor = tl.where(tl.load(entry + 11) != 0, factor, 1.0)
+        factor = tl.where(tl.load(entry + 11 * count) != 0, factor, 1.0)
 
     if SIGNAL != 0:
         w32, g32 = x.to(tl.float32), signed.to(tl.float32)
@@ -144,31 +144,31 @@ def _step_kernel(
         elif SIGNAL == 3:
             h = -tl.abs(w32)
         else:
-            h = -tl.load(_pointer(entry, 8, DTYPE) + offset, mask=inside, other=0.0).to(tl.float32) * g32
+            h = -tl.load(_pointer(entry, count, 8, DTYPE) + offset, mask=inside, other=0.0).to(tl.float32) * g32
         h = tl.where((tl.abs(h) <= 3.402823466e38) & inside & (is_dead == 0), h, 0.0)  # neither nan nor inf
         tl.store(sums + 2 * tl.program_id(0), tl.sum(tl.abs(h), 0))
         tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum((inside & (is_dead == 0)).to(tl.float32), 0))
         u = tl.minimum(tl.maximum(h * tl.load(scalars), -10.0), 10.0)
         moved = (log_w - tl.load(scalars + 1)) * shrink - rate * u
         moved = tl.where(is_dead, 0.0, tl.minimum(tl.maximum(moved, -60.0), 60.0))
-        tl.store(_pointer(entry, 9, tl.float32) + offset, moved, mask=inside)
+        tl.store(_pointer(entry, count, 9, tl.float32) + offset, moved, mask=inside)
 
     if RULE == 1:
         d = tl.where(is_dead, 0.0, g * factor.to(DTYPE).to(REAL))
-        tl.store(_pointer(entry, 4, DTYPE) + offset, d.to(DTYPE), mask=inside)
+        tl.store(_pointer(entry, count, 4, DTYPE) + offset, d.to(DTYPE), mask=inside)
     if RULE >= 2:
         d = signed * factor.to(DTYPE).to(REAL)
-        moment = _pointer(entry, 5, DTYPE) + offset
+        moment = _pointer(entry, count, 5, DTYPE) + offset
         if RULE == 2:
             d += weight_decay * x
             if MOMENTUM:
                 m = tl.load(moment, mask=inside, other=0.0).to(REAL)
-                m = tl.where(tl.load(entry + 12) != 0, d, momentum * m + (1.0 - dampening) * d)
+                m = tl.where(tl.load(entry + 12 * count) != 0, d, momentum * m + (1.0 - dampening) * d)
                 tl.store(moment, tl.where(is_dead, 0.0, m).to(DTYPE), mask=inside)
                 d = d + momentum * m if NESTEROV else m
             now = x - lr * d
         else:
-            second = _pointer(entry, 6, DTYPE) + offset
+            second = _pointer(entry, count, 6, DTYPE) + offset
             m = tl.load(moment, mask=inside, other=0.0).to(REAL)
             v = tl.load(second, mask=inside, other=0.0).to(REAL)
             m = tl.where(is_dead, 0.0, m + rest1 * (d - m))
@@ -176,10 +176,10 @@ def _step_kernel(
             tl.store(moment, m.to(DTYPE), mask=inside)
             tl.store(second, v.to(DTYPE), mask=inside)
             if AMSGRAD:
-                largest = _pointer(entry, 7, DTYPE) + offset
+                largest = _pointer(entry, count, 7, DTYPE) + offset
                 v = tl.maximum(v, tl.load(largest, mask=inside, other=0.0).to(REAL))
                 tl.store(largest, v.to(DTYPE), mask=inside)
-            steps = (tl.load(_pointer(entry, 10, tl.float32)) + 1.0).to(tl.float64)
+            steps = (tl.load(_pointer(entry, count, 10, tl.float32)) + 1.0).to(tl.float64)
             size = (lr / (1.0 - tl.exp(steps * log_beta1))).to(REAL)
             root = (1.0 / tl.sqrt(1.0 - tl.exp(steps * log_beta2))).to(REAL)
             now = x * (1.0 - lr * weight_decay) - size * (m / (tl.sqrt(v) * root + eps))
@@ -190,19 +190,19 @@ def _step_kernel(
         now = now.to(DTYPE)
         tl.store(weight, now, mask=inside)
         if LAST:
-            tl.store(_pointer(entry, 8, DTYPE) + offset, (x - now.to(REAL)).to(DTYPE), mask=inside)
+            tl.store(_pointer(entry, count, 8, DTYPE) + offset, (x - now.to(REAL)).to(DTYPE), mask=inside)
 
 
 @triton.jit
 def _fill_kernel(
-    table, blocks, levels, sums,
-    DTYPE: tl.constexpr, HOLDS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    table, count, blocks, levels, sums,
+    DTYPE: tl.constexpr, HOLDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of what lives: the sums of max(0, 1 - cw) and of cw below 1; how many are full, and how many there are."""
-    entry, offset, alive, _ = _block(table, blocks, COLUMNS, BLOCK)
-    log_w = tl.load(_pointer(entry, 9, tl.float32) + offset, mask=alive, other=0.0)
+    entry, offset, alive, _ = _block(table, count, blocks, BLOCK)
+    log_w = tl.load(_pointer(entry, count, 9, tl.float32) + offset, mask=alive, other=0.0)
     if HOLDS:
-        alive = alive & (tl.load(_pointer(entry, 2, DTYPE) + offset, mask=alive, other=0.0) != 0)
+        alive = alive & (tl.load(_pointer(entry, count, 2, DTYPE) + offset, mask=alive, other=0.0) != 0)
     filled = tl.exp(log_w) * tl.load(levels).to(tl.float32)
     is_open = alive & (filled < 1.0)
     to = sums + 4 * tl.program_id(0)
@@ -263,6 +263,8 @@ class Weights:
     def __init__(self, members: Sequence[Tensor], starts: Sequence[int]) -> None:
         self.members, self._starts = list(members), list(starts)
         self._layouts = [(p.shape, p.stride()) for p in members]
+        self._fixed = {"size": [p.numel() for p in members], "start": list(starts)}
+        """Columns of the table that stay."""
         self.flat: Tensor | None = None
         self._dtype, self._device = _DTYPES[members[0].dtype], members[0].device
         blocks = [
@@ -280,6 +282,7 @@ class Weights:
 
     def set_importances(self, flat: Tensor) -> None:
         self.flat = flat
+        self._fixed["log_importance"] = [flat.data_ptr() + 4 * start for start in self._starts]
 
     def group(self, **fields: Any) -> Group:
         return Group(**fields)
@@ -296,7 +299,7 @@ class Weights:
             sums = torch.empty(4 * self._programs, dtype=torch.float32, device=self._device)
             shares = [torch.full((), value, dtype=torch.float64, device=self._device) for value in (mean, 1.0 - mean)]
             for _ in range(NEWTON_STEPS):
-                self._launch(_fill_kernel, table, self._blocks, level, sums, DTYPE=self._dtype, HOLDS=group.holds_zeros)
+                self._launch(_fill_kernel, table, level, sums, DTYPE=self._dtype, HOLDS=group.holds_zeros)
                 with self._on_device():
                     _newton_kernel[(1,)](sums, self._programs, level, *shares, IS_LOW=mean < 0.5, BLOCK=BLOCK)
         group.level = level
@@ -326,7 +329,6 @@ class Weights:
         self._launch(
             _mask_kernel,
             table,
-            self._blocks,
             table[len(self.members) * len(_COLUMNS) :],
             self._on(group.level),
             group.keep_floor,
@@ -344,9 +346,10 @@ class Weights:
         masked: Sequence[bool],
         first: Sequence[bool],
         scale: Tensor | float,
-    ) -> Tensor:
+    ) -> Tensor | float:
         columns = {**tensors, "is_masked": masked, "is_first": first}
         table = self._table(columns, group.words)
+        given = scale
         if not isinstance(scale, Tensor):
             scale = torch.full((), scale, dtype=torch.float32, device=self._device)
         inverse = scale.reciprocal().masked_fill_(scale <= torch.finfo(torch.float32).tiny, 0.0)
@@ -358,7 +361,6 @@ class Weights:
         self._launch(
             _step_kernel,
             table,
-            self._blocks,
             table[len(self.members) * len(_COLUMNS) :],
             self._on(group.level),
             group.keep_floor,
@@ -393,25 +395,24 @@ class Weights:
         if steps := tensors.get("steps"):
             torch._foreach_add_(list(steps), 1.0)  # type: ignore[arg-type]
         if not group.signal:
-            return scale
+            return given
         size, alive = sums.sum(0, dtype=torch.float64).unbind()
         return next_scale(scale, size / alive.clamp_min(1.0))
 
     # -- launches --
 
     def _table(self, columns: Mapping[str, Sequence[Any]], words: Sequence[int]) -> Tensor:
-        """Where the tensors lie, a row for each, and some words behind them."""
-        rows = []
-        for i, (p, start) in enumerate(zip(self.members, self._starts, strict=True)):
-            known = {"size": p.numel(), "start": start, "weight": p.data_ptr()}
-            if self.flat is not None:
-                known["log_importance"] = self.flat.data_ptr() + 4 * start
-            for name, values in columns.items():
-                if values:
-                    value = values[i]
-                    known[name] = value.data_ptr() if isinstance(value, Tensor) else int(value or 0)
-            rows += [known.get(name, 0) for name in _COLUMNS]
-        return self._upload([*rows, *words])
+        """Where the tensors lie, a column after the other, and some words behind them."""
+        values: list[int] = []
+        for name in _COLUMNS:
+            if name == "weight":
+                values += [p.data_ptr() for p in self.members]
+            elif name in self._fixed:
+                values += self._fixed[name]
+            else:
+                column = columns.get(name) or [0] * len(self.members)
+                values += [t.data_ptr() if isinstance(t, Tensor) else int(t or 0) for t in column]
+        return self._upload([*values, *words])
 
     def _upload(self, values: Sequence[int]) -> Tensor:
         host = torch.tensor(values, dtype=torch.int64)
@@ -422,9 +423,9 @@ class Weights:
             return level
         return torch.full((), level, dtype=torch.float64, device=self._device)
 
-    def _launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+    def _launch(self, kernel: Any, table: Tensor, *arguments: Any, **constants: Any) -> None:
         with self._on_device():
-            kernel[(self._programs,)](*arguments, COLUMNS=len(_COLUMNS), BLOCK=BLOCK, **constants)
+            kernel[(self._programs,)](table, len(self.members), self._blocks, *arguments, BLOCK=BLOCK, **constants)
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
