@@ -25,8 +25,8 @@ from .weights import is_matrix, stacked_vectors
 class _Step:
     """What was found before the step of the base, for after it."""
 
-    grads: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Parameters whose gradient is masked during the step, with the dense gradient and the masked one."""
+    grads: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    """Parameters whose gradient is masked during the step, with the dense gradient and the masked one, if any."""
     held: dict[Tensor, Tensor] = field(default_factory=dict)
     """Where weights are zero for good."""
     before: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -51,6 +51,8 @@ class Engine:
         self._silenced: set[Tensor] = set()
         self._is_lazy = False
         """Whether the network did not know its sizes at a pass of this step: then the step is dense."""
+        self._left: dict[Tensor, tuple[Tensor, int]] = {}
+        """Gradients of the last step that were still there when statistics of batch norm began to be renewed."""
         self._steps: dict[Optimizer, _Step] = {}
         self._loading: dict[Optimizer, dict[str, Any]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -129,10 +131,16 @@ class Engine:
 
     # -- what masking asks for --
 
-    def begin_pass(self) -> None:
-        """Takes note of what has changed since the last pass."""
+    def begin_pass(self, renews: bool) -> None:
+        """Takes note of what has changed since the last pass, and of the gradients that one finds which renews the
+        statistics of batch norm."""
         _check_not_capturing()
         self._refresh()
+        if not renews:
+            self._left.clear()
+        elif not self._left:
+            params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
+            self._left = {p: (p.grad, p.grad._version) for p in params if p.grad is not None}
 
     def owns(self, param: Tensor) -> bool:
         """Whether masks may touch a parameter."""
@@ -201,12 +209,19 @@ class Engine:
         """From dense gradients to new importances and masked gradients."""
         broken = self._steps.pop(optimizer, _Step())  # a step that has not come to its end, by Ctrl-C
         for p, grad, masked in broken.grads:
-            if p.grad is masked and masked._version == 0:
+            if p.grad is masked and (masked is None or masked._version == 0):
                 p.grad = grad
         for p, zero in broken.held.items():
             if p.shape == zero.shape:
                 p.masked_fill_(zero, 0.0)
         self._refresh()
+        if self._finds_what_was_left(optimizer):
+            step = self._steps[optimizer] = _Step()
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                if (grad := p.grad) is not None:
+                    step.grads.append((p, grad, None))
+                    p.grad = None
+            return
         simplexes = self._simplexes[optimizer]
         for simplex in simplexes:
             self._check_gradients(simplex, closure)
@@ -234,8 +249,18 @@ class Engine:
                         new = new.masked_fill(step.held[p], 0.0)
                     if new is not g:
                         step.grads.append((p, g, new))
-        for p, _, new in step.grads:
-            p.grad = new
+        for p, _, masked in step.grads:
+            p.grad = masked
+
+    def _finds_what_was_left(self, optimizer: Optimizer) -> bool:
+        """Whether the gradients are those of the step before, as where Lightning's weight averaging ends the pass that
+        renews batch norm with a step. It would move the averaged weights, along gradients of other ones."""
+        if not self._left or not self._masking.renews:
+            return False
+        masked = [p for group in optimizer.param_groups if group["drop_rate"] > 0 for p in group["params"]]
+        grads = {p: p.grad for p in masked if p.grad is not None}
+        old = {p: grad for p, (grad, version) in self._left.items() if grad._version == version}
+        return bool(grads) and all(old.get(p) is grad for p, grad in grads.items())
 
     def _check_gradients(self, simplex: Simplex, closure: Callable[[], Any] | None) -> None:
         group = simplex.group
@@ -310,6 +335,7 @@ class Engine:
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     value.masked_fill_(zero, 0.0)
         self._masking.entered.clear()
+        self._left.clear()
         self._is_lazy = False
         self._steps.pop(optimizer, None)
 
@@ -376,6 +402,11 @@ def _gradients_at(
 
 def _unreached(name: str, param: Tensor, masking: Masking) -> str:
     """What to say of a gradient that has come by a path that the masks do not reach."""
+    if masking.renews:
+        return (
+            f"drop_rate > 0, but no pass masks {name} while batch norm has no momentum, which stands for renewing its "
+            "statistics: set momentum=None before the module is attached, to train like that"
+        )
     if any(p is param for root in masking.attached() for p in root.parameters()):
         return (
             f"drop_rate > 0, but the gradient of {name} has come by a path that its masks do not reach: its module was "
