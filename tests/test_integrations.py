@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import timm.optim
 import torch
@@ -346,3 +347,21 @@ def test_timms_optimizers(name):
         0.5, abs=0.01
     )
     pruner.step()
+
+
+def test_adapters_of_peft_are_masked_and_merge_dense():
+    model = peft.get_peft_model(bert(), peft.LoraConfig(r=4, target_modules=["query", "value"], lora_dropout=0.0))
+    optimizer = ImpactAdamW(model, lr=1e-2, drop_rate=0.5)
+    batch = {"input_ids": WORDS, "labels": torch.tensor([each["labels"] for each in SENTENCES])}
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    dense = copy.deepcopy(model)
+    assert not torch.equal(model(**batch).logits, dense(**batch).logits)
+    assert all("lora" in row.name for row in optimizer.importance_summary())
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    model.eval(), dense.eval()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, dense(**batch).logits)
