@@ -1,7 +1,12 @@
 """Callbacks and recipes with the real packages: Lightning, Hugging Face's Trainer, Accelerate, timm."""
 
+import ast
 import copy
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 import peft
@@ -153,6 +158,17 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
         )
 
 
+def test_cuts_are_refused_where_several_processes_train(monkeypatch, tmp_path):
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    with pytest.raises(ValueError, match="prune in one process"):
+        lightning.ImpactCallback(pruner=whole).setup(trainer(tmp_path, 1), Classifier(), "fit")
+    callback = transformers.ImpactCallback(pruner=heads_and_hidden)
+    run = hugging_face(tmp_path, 1, callback)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="prune in one process"):
+        callback.on_train_begin(run.args, run.state, run.control, model=run.model, optimizer=run.create_optimizer())
+
+
 @pytest.mark.parametrize("steps", [{0: 0.5}, {1.5: 0.5}])
 def test_a_step_that_is_none_is_refused(steps):
     with pytest.raises(ValueError, match="it must map steps"):
@@ -170,6 +186,48 @@ def test_lightnings_weight_averaging_renews_batch_norm_of_the_dense_network(tmp_
     variance = module.net[1].running_var.clone()
     update_bn(loader(), module.net)
     torch.testing.assert_close(module.net[1].running_var, variance)
+
+
+RANKS = """
+import lightning, torch
+from test_integrations import Classifier, loader, ramp
+from impact_optim.integrations.lightning import ImpactCallback
+
+class Ranks(Classifier):
+    def on_train_end(self):
+        weights = torch.cat([p.detach().double().flatten() for p in self.parameters()])
+        lines = [None, None]
+        mine = (float(weights.sum()), int((weights == 0).sum()), self.is_masked[:6])
+        torch.distributed.all_gather_object(lines, mine)
+        if self.global_rank == 0:
+            print("ranks", *lines, sep="|")
+
+if __name__ == "__main__":
+    trainer = lightning.Trainer(
+        max_epochs=4, accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, callbacks=[ImpactCallback(drop_rate=ramp, sparsify={7: 0.5})],
+    )
+    trainer.fit(Ranks(), loader())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_lightning_trains_on_several_processes(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "ranks.py")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("ranks|")]
+    first, second = map(ast.literal_eval, line.split("|")[1:])
+    assert first == second
+    assert first[1] >= round(0.5 * (64 * 20 + 3 * 64))
+    assert all(first[2])
 
 
 # ------------------------------------------------------------------------------- Hugging Face

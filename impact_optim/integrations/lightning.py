@@ -23,7 +23,8 @@ class ImpactCallback(Callback):
         drop_rate: makes the schedule of an optimizer; stepped after every training epoch.
         sparsify: ``trainer.global_step`` -> share of weights, or pattern, that is made zero for good after it.
         by, scope: as in :meth:`impact_optim.Impact.sparsify`.
-        pruner: makes the pruner, out of the module and the optimizers; stepped after every training epoch.
+        pruner: makes the pruner, out of the module and the optimizers; stepped after every training epoch. The
+            module is on its device then, where the example inputs have to be: ``images.to(module.device)``.
 
     Raises:
         ValueError: an argument is out of range; when training starts, the optimizers keep no importances, or there is a
@@ -58,6 +59,8 @@ class ImpactCallback(Callback):
                 "a cut leaves DistributedDataParallel with buckets of the old shapes, and Lightning does not build "
                 "another: prune in one process, or in a loop of your own"
             )
+        if self._arguments["pruner"] is not None:
+            pl_module.to(trainer.strategy.root_device)  # where Lightning puts it next, and where the pruner traces it
         if trainer.current_epoch == 0:
             self.plan = Plan(**self._arguments)  # type: ignore[arg-type]
         self.plan.build(pl_module)
@@ -87,7 +90,7 @@ class ImpactCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.plan.end_epochs(trainer.current_epoch + 1)
-        pl_module.log_dict(self.plan.metrics())
+        pl_module.log_dict(self.plan.metrics(), rank_zero_only=True)  # all ranks have the same
 
     def state_dict(self) -> dict[str, Any]:
         return self.plan.state_dict()

@@ -34,7 +34,8 @@ class ImpactCallback(TrainerCallback):
         drop_rate: makes the schedule of an optimizer; stepped after every epoch.
         sparsify: ``state.global_step`` -> share of weights, or pattern, that is made zero for good after it.
         by, scope: as in :meth:`impact_optim.Impact.sparsify`.
-        pruner: makes the pruner, out of the model and the optimizers; stepped after every epoch.
+        pruner: makes the pruner, out of the model and the optimizers; stepped after every epoch. The model is on its
+            device then, where the example inputs have to be: ``words.to(model.device)``.
         log: gets the importances and sparsities after every epoch: ``trainer.log``.
 
     Raises:
