@@ -95,6 +95,12 @@ def test_one_reads_the_readme_to_its_end():
     assert len(TEXTS["README.md"].split()) <= 1200
 
 
+def test_the_figures_of_the_readme_are_those_of_the_pages():
+    figures = re.findall(r"\d+\.\d ± \d+\.\d", TEXTS["README.md"])
+    assert len(figures) >= 6
+    assert all(figure in TEXTS["docs/results.md"] + TEXTS["docs/pruning.md"] for figure in figures)
+
+
 def test_the_version_is_the_same_everywhere():
     version = impact_optim.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()

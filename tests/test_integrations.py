@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from helpers import assert_same
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -135,6 +136,22 @@ def test_lightning_cuts_makes_sparse_and_logs(tmp_path):
     assert metrics["impact/units_left"] == 0.5
     assert 0 < metrics["impact/effective_share/net.0.weight"] <= 1
     assert metrics["impact/drop_rate"] == 0
+
+
+def test_what_lightning_makes_of_an_optimizer_is_scheduled_and_cut():
+    net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 3))
+    optimizer = ImpactSGD(net, lr=0.1, momentum=0.9, drop_rate=0.5)
+    wrapped = LightningOptimizer(optimizer)
+    schedule = DropRateScheduler(wrapped, 0.1, 1)
+    pruner = ActivationPruner(net, INPUTS[:2], {1: 0.5}, optimizer=wrapped, every=1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(INPUTS), LABELS).backward()
+        optimizer.step()
+        schedule.step()
+        pruner.step()
+    assert optimizer.param_groups[0]["drop_rate"] == 0.1
+    assert optimizer.state[net[0].weight]["momentum_buffer"].shape == (32, 20)
 
 
 def test_an_optimizer_without_importances_is_refused(tmp_path):
@@ -279,9 +296,7 @@ def hugging_face(folder, epochs, callback, model=None, **options):
 
 
 def heads_and_hidden(model, optimizer):
-    return ActivationPruner(
-        model, {"input_ids": WORDS[:2]}, {1: 0.25, 3: 0.5}, optimizer=optimizer, criterion="l1", round_to=1
-    )
+    return ActivationPruner(model, {"input_ids": WORDS[:2]}, {1: 0.25}, optimizer=optimizer, criterion="l1", round_to=1)
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def verdict(summaries: Sequence[ArmSummary], lines: Iterable[Line], epochs: int,
         lead = spread(100 * (first[seed][-1]["accuracy"] - second[seed][-1]["accuracy"]) for seed in shared)
         if math.isnan(lead.std):
             beyond = "of one seed, which has no spread"
-        elif lead.mean > lead.std:
+        elif lead.mean - lead.std >= 0.005:  # what shows with two digits
             beyond = f"{lead.mean - lead.std:.2f} beyond the spread"
         else:
             beyond = "within the spread"
