@@ -27,6 +27,7 @@ autodoc_typehints = "none"  # sections "Args" say it
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # arguments that share a line stay together
 napoleon_custom_sections = [("Warns", "Raises"), "Source"]
 add_module_names = False
 python_use_unqualified_type_names = True

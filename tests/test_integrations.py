@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import peft
 import pytest
 import timm.optim
+import timm.utils
 import torch
 from accelerate import Accelerator
 from helpers import assert_same
@@ -291,7 +292,8 @@ def hugging_face(folder, epochs, callback, model=None, **options):
         eval_dataset=SENTENCES,
         optimizer_cls_and_kwargs=(ImpactAdamW, {"lr": 1e-3, "drop_rate": 0.3}),
     )
-    run.add_callback(callback)
+    if callback is not None:
+        run.add_callback(callback)
     return run
 
 
@@ -335,6 +337,28 @@ def test_hugging_face_trains_masked_evaluates_dense_and_logs(tmp_path):
     saved = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6")
     assert_same(saved, model)
     assert run.evaluate()["eval_loss"] == run.evaluate()["eval_loss"]
+
+
+def test_hugging_face_takes_an_optimizer_that_was_made_before(tmp_path):
+    model, log = bert(), []
+    optimizer = torch.optim.NAdam(model.parameters(), lr=1e-3)
+    Impact(model, optimizer, drop_rate=0.3)
+    run = hugging_face(tmp_path, 1, None, model)
+    run = Trainer(model, run.args, train_dataset=SENTENCES, optimizers=(optimizer, None))
+    run.add_callback(transformers.ImpactCallback(sparsify={2: 0.5}, scope="tensor", log=log.append))
+    run.train()
+    assert log[0]["impact/sparsity"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_hugging_face_builds_the_model_anew_for_every_run(tmp_path):
+    log = []
+    arguments = hugging_face(tmp_path, 1, None).args
+    factory = (ImpactAdamW, {"lr": 1e-3, "drop_rate": 0.3})
+    run = Trainer(None, arguments, train_dataset=SENTENCES, model_init=bert, optimizer_cls_and_kwargs=factory)
+    run.add_callback(transformers.ImpactCallback(sparsify={2: 0.5}, scope="tensor", log=log.append))
+    run.train()
+    run.train()
+    assert [line["impact/sparsity"] for line in log] == pytest.approx([0.5, 0.5], abs=0.02)
 
 
 def test_what_would_undo_zeros_is_refused(tmp_path):
@@ -408,6 +432,9 @@ def test_timms_optimizers(name):
             nn.functional.cross_entropy(net(x), y).backward()
             optimizer.step()
     assert impact.importance(net[0].weight).std() > 0
+    average = timm.utils.ModelEmaV3(net, decay=0.0)
+    average.update(net)
+    assert_same(average.module, copy.deepcopy(net))
     net.eval()
     assert torch.equal(net(INPUTS), copy.deepcopy(net)(INPUTS))
     impact.sparsify(0.5)
