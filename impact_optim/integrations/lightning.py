@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -48,21 +49,21 @@ class ImpactCallback(Callback):
         scope: str = "global",
         pruner: MakePruner | None = None,
     ) -> None:
-        self._arguments = {"drop_rate": drop_rate, "sparsify": sparsify, "by": by, "scope": scope, "pruner": pruner}
-        self.plan = Plan(**self._arguments)  # type: ignore[arg-type]
+        self._new_plan = partial(Plan, drop_rate=drop_rate, sparsify=sparsify, by=by, scope=scope, pruner=pruner)
+        self.plan = self._new_plan()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if self._arguments["pruner"] is not None and trainer.world_size > 1:
+        if self.plan.cuts and trainer.world_size > 1:
             raise ValueError(
                 "a cut leaves DistributedDataParallel with buckets of the old shapes, and Lightning does not build "
                 "another: prune in one process, or in a loop of your own"
             )
-        if self._arguments["pruner"] is not None:
+        if self.plan.cuts:
             pl_module.to(trainer.strategy.root_device)  # where Lightning puts it next, and where the pruner traces it
         if trainer.current_epoch == 0:
-            self.plan = Plan(**self._arguments)  # type: ignore[arg-type]
+            self.plan = self._new_plan()
         self.plan.build(pl_module)
         if self.plan.pruner is None:
             return

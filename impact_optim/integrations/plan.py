@@ -61,9 +61,9 @@ class Plan:
         self._loaded: Mapping[str, Any] | None = None
 
     @property
-    def changes_weights(self) -> bool:
-        """Whether the run cuts units or makes weights zero, so that its early checkpoints are of another network."""
-        return bool(self.sparsify) or self._make_pruner is not None
+    def cuts(self) -> bool:
+        """Whether there is a pruner, or will be."""
+        return self._make_pruner is not None
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on where another plan was; what needs optimizers waits for :meth:`start`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ class ImpactCallback(TrainerCallback):
         pruner: MakePruner | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        self._arguments = {"drop_rate": drop_rate, "sparsify": sparsify, "by": by, "scope": scope, "pruner": pruner}
-        self.plan = Plan(**self._arguments)  # type: ignore[arg-type]
+        self._new_plan = partial(Plan, drop_rate=drop_rate, sparsify=sparsify, by=by, scope=scope, pruner=pruner)
+        self.plan = self._new_plan()
         self._log = log
         self._is_resumed = False
 
@@ -76,7 +77,7 @@ class ImpactCallback(TrainerCallback):
             FileNotFoundError: the checkpoint was written without this callback.
             ValueError: it is not one of this model.
         """
-        self.plan = Plan(**self._arguments)  # type: ignore[arg-type]
+        self.plan = self._new_plan()
         self.plan.build(model)
         self.plan.load_state_dict(torch.load(Path(checkpoint) / _FILE, map_location="cpu", weights_only=True))
         self._is_resumed = True
@@ -92,12 +93,12 @@ class ImpactCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         assert optimizer is not None
-        if self._arguments["pruner"] is not None and max(args.world_size, args.n_gpu) > 1:
+        if self.plan.cuts and max(args.world_size, args.n_gpu) > 1:
             raise ValueError(
                 "a cut leaves DistributedDataParallel with buckets of the old shapes, and the Trainer does not build "
                 "another: prune in one process, or in a loop of your own"
             )
-        if self.plan.changes_weights and args.load_best_model_at_end:
+        if (self.plan.cuts or self.plan.sparsify) and args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end may bring back a network from before its zeros or cuts: leave it out, and load "
                 "the checkpoint that you want"
@@ -111,7 +112,7 @@ class ImpactCallback(TrainerCallback):
                 )
             self.resume(model, folder)
         elif not self._is_resumed:
-            self.plan = Plan(**self._arguments)  # type: ignore[arg-type]
+            self.plan = self._new_plan()
             self.plan.build(model)
         self._is_resumed = False
         self.plan.start(model, [optimizer])
