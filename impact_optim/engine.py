@@ -57,6 +57,8 @@ class Engine:
         self._silenced: set[Tensor] = set()
         self._is_lazy = False
         """Whether the network did not know its sizes at a pass of this step: then the step is dense."""
+        self._left: dict[Tensor, tuple[Tensor, int]] = {}
+        """Gradients of the last step that were still there when statistics of batch norm began to be renewed."""
         self._steps: dict[Optimizer, _Step] = {}
         self._loading: dict[Optimizer, dict[str, Any]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -135,10 +137,16 @@ class Engine:
 
     # -- what masking asks for --
 
-    def begin_pass(self) -> None:
-        """Takes note of what has changed since the last pass."""
+    def begin_pass(self, renews: bool) -> None:
+        """Takes note of what has changed since the last pass, and of the gradients that one finds which renews the
+        statistics of batch norm."""
         _check_not_capturing()
         self._refresh()
+        if not renews:
+            self._left.clear()
+        elif not self._left:
+            params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
+            self._left = {p: (p.grad, p.grad._version) for p in params if p.grad is not None}
 
     def owns(self, param: Tensor) -> bool:
         """Whether masks may touch a parameter."""
@@ -212,6 +220,13 @@ class Engine:
         if self._goes_on(optimizer):
             return
         self._refresh()
+        if self._finds_what_was_left(optimizer):
+            step = self._steps[optimizer] = _Step()
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                if (grad := p.grad) is not None:
+                    step.grads.append((p, grad, None))
+                    p.grad = None
+            return
         simplexes = self._simplexes[optimizer]
         for simplex in simplexes:
             self._check_gradients(simplex, closure)
@@ -234,6 +249,16 @@ class Engine:
             step.grads += [(p, grads[p], new) for p, new in changed.items() if new is not grads[p]]
         for p, _, new in step.grads:
             p.grad = new
+
+    def _finds_what_was_left(self, optimizer: Optimizer) -> bool:
+        """Whether the gradients are those of the step before, as where Lightning's weight averaging ends the pass that
+        renews batch norm with a step. It would move the averaged weights, along gradients of other ones."""
+        if not self._left or not self._masking.renews:
+            return False
+        masked = [p for group in optimizer.param_groups if group["drop_rate"] > 0 for p in group["params"]]
+        grads = {p: p.grad for p in masked if p.grad is not None}
+        old = {p: grad for p, (grad, version) in self._left.items() if grad._version == version}
+        return bool(grads) and all(old.get(p) is grad for p, grad in grads.items())
 
     def _goes_on(self, optimizer: Optimizer) -> bool:
         """Whether this step is the rest of one that was broken off, by Ctrl-C or an error of the base, after it had
@@ -345,6 +370,7 @@ class Engine:
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     value.masked_fill_(zero, 0.0)
         self._masking.entered.clear()
+        self._left.clear()
         self._is_lazy = False
         self._steps.pop(optimizer, None)
 
@@ -411,6 +437,11 @@ def _gradients_at(
 
 def _unreached(name: str, param: Tensor, masking: Masking) -> str:
     """What to say of a gradient that has come by a path that the masks do not reach."""
+    if masking.renews:
+        return (
+            f"drop_rate > 0, but no pass masks {name} while batch norm has no momentum, which stands for renewing its "
+            "statistics: set momentum=None before the module is attached, to train like that"
+        )
     if any(p is param for root in masking.attached() for p in root.parameters()):
         return (
             f"drop_rate > 0, but the gradient of {name} has come by a path that its masks do not reach: its module was "

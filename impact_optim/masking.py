@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace
+from torch.nn.modules.batchnorm import _NormBase
 
 from .masks import Draw, Mask
 
@@ -42,8 +43,8 @@ _OPENS_BEFORE_WARNING = 10  # optimizers that pass twice or more before a step c
 class MaskOwner(Protocol):
     """What :class:`Masking` needs from the engine."""
 
-    def begin_pass(self) -> None:
-        """Takes note of what has changed since the last pass."""
+    def begin_pass(self, renews: bool) -> None:
+        """Takes note of what has changed since the last pass, and of whether this one renews batch norm."""
 
     def owns(self, param: Tensor) -> bool: ...
 
@@ -202,6 +203,8 @@ class _Pass(threading.local):
         self.reads: dict[Tensor, _Read] = {}
         self.recurrent: set[nn.RNNBase] = set()
         self.samples: dict[Any, dict[Tensor, Draw]] = {}
+        self.renews = False
+        """Whether it renews the statistics of batch norm, which are to be those of the dense network."""
 
 
 class Masking:
@@ -214,6 +217,8 @@ class Masking:
     def __init__(self, owner: MaskOwner) -> None:
         self._owner = weakref.ref(owner)
         self._handles: dict[nn.Module, list[torch.utils.hooks.RemovableHandle]] = {}
+        self._norms: dict[nn.Module, list[_NormBase]] = {}
+        """The batch norms of each attached module that had a momentum when it was attached."""
         self._here = _Pass()
         self._placed: list[tuple[_Parameters, str, Tensor, int]] = []
         self.placer = ""
@@ -246,6 +251,8 @@ class Masking:
                     other.detach(root)
                     other.displaced = True
         handles = self._handles[module] = []
+        norms = (part for part in module.modules() if isinstance(part, _NormBase))
+        self._norms[module] = [norm for norm in norms if norm.momentum is not None]
         for part in module.modules():
             if isinstance(part, torch.jit.ScriptModule):  # it takes no hooks, and reads its weights from C++
                 continue
@@ -262,6 +269,7 @@ class Masking:
         for root in list(self._handles) if module is None else [module]:
             for handle in self._handles.pop(root, []):
                 handle.remove()
+            self._norms.pop(root, None)
             kept = {part for other in self._handles for part in other.modules()}
             for part in root.modules():
                 params = vars(part)["_parameters"]
@@ -277,6 +285,12 @@ class Masking:
         return any(first.owns(p) and second.owns(p) for p in module.parameters())
 
     # -- passes --
+
+    @property
+    def renews(self) -> bool:
+        """Whether the statistics of batch norm are being renewed: what does so averages over all batches, which is what
+        no momentum stands for."""
+        return any(norm.momentum is None for norms in self._norms.values() for norm in norms)
 
     def is_inside(self, module: nn.Module | None) -> bool:
         """Whether the innermost module call of this thread is that of the module."""
@@ -297,11 +311,12 @@ class Masking:
         here = self._here
         is_outermost = not self._is_open()
         if is_outermost:
+            here.renews = self.renews
             if (owner := self._owner()) is not None and (torch.is_grad_enabled() or self._samples is not None):
-                owner.begin_pass()
+                owner.begin_pass(here.renews)
             here.calls, here.frame = [], _module_call()
         here.calls.append(module)
-        is_dense = self._dense is not None or not _differentiates()
+        is_dense = self._dense is not None or here.renews or not _differentiates()
         if not self.placer and "torch._dynamo" in sys.modules:
             roots = [module] if compiled or _is_optimized(module) else []
             if is_outermost and not roots:
@@ -387,7 +402,7 @@ class Masking:
             if not here.samples:
                 self._samples += 1
             return owner.sample(param, self._samples, here.samples)
-        if owner is None or not (_differentiates() if module.training else torch.is_grad_enabled()):
+        if owner is None or here.renews or not (_differentiates() if module.training else torch.is_grad_enabled()):
             return None
         mask = owner.current_mask(param)
         if mask is None:
