@@ -17,7 +17,7 @@ from . import checkpoint
 from .importances import Simplex
 from .kernels import fused
 from .masking import Masking, dynamo_is_active
-from .masks import Draw, Mask
+from .masks import Draw, Mask, times
 from .options import DEFAULTS, check
 from .signals import READS_STEP
 from .weights import is_matrix, stacked_vectors
@@ -283,7 +283,7 @@ class Engine:
         """Moves the importances, and returns the masked gradients."""
         group, optimizer = simplex.group, simplex.optimizer
         # Before the importances move: a mask may be computed from them.
-        factors = {p: simplex.mask.factor(p) for p in through_masks} if simplex.mask is not None else {}
+        factors = {p: simplex.mask.factor(p) for p in grads if p in through_masks} if simplex.mask is not None else {}
         if group["importance"] not in ("uniform", "lookahead"):
             steps = None
             if group["importance"] in READS_STEP:
@@ -292,9 +292,14 @@ class Engine:
             simplex.update({p: g.neg() for p, g in grads.items()} if group.get("maximize") else grads, steps)
         changed: dict[Tensor, Tensor | None] = {}
         with torch.set_grad_enabled(bool(group.get("differentiable"))):
+            if simplex.works_at_once and factors:
+                products = times([grads[p] for p in factors], list(factors.values()))
+                masked = dict(zip(factors, products, strict=True))
+            else:
+                masked = {p: grads[p] * factor.to(grads[p].dtype) for p, factor in factors.items()}
             for p, g in grads.items():
-                masked = g * factors[p].to(g.dtype) if p in through_masks else g
-                changed[p] = masked.masked_fill(held[p], 0.0) if p in held else masked
+                new = masked.get(p, g)
+                changed[p] = new.masked_fill(held[p], 0.0) if p in held else new
         return changed
 
     def _check_gradients(self, simplex: Simplex, closure: Callable[[], Any] | None) -> None:

@@ -76,6 +76,11 @@ class Simplex:
         """How many weights there are."""
         return sum(self._places.sizes.values())
 
+    @property
+    def works_at_once(self) -> bool:
+        """Whether the tensor code takes all members in one launch, and not block by block."""
+        return bool(self.group.get("foreach")) or any(device.type != "cpu" for device in self._places.sizes)
+
     # -- members --
 
     def refresh(self) -> None:
@@ -331,7 +336,7 @@ class Simplex:
     @torch.no_grad()
     def draw(self, step: int, stream: int = TRAINING) -> dict[Tensor, Draw]:
         """The masks of a step, by weight."""
-        draw: Draw = fused.draw(self, step, stream) or TensorDraw(self._draw(step, stream))
+        draw: Draw = fused.draw(self, step, stream) or TensorDraw(self._draw(step, stream), self.works_at_once)
         return dict.fromkeys(self.members, draw)
 
     def _draw(self, step: int, stream: int) -> dict[Tensor, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -18,16 +20,36 @@ class Draw(Protocol):
 
 
 class TensorDraw:
-    """Masks that are held as factors."""
+    """Masks that are held as factors.
 
-    def __init__(self, factors: dict[Tensor, Tensor]) -> None:
-        self._factors = factors
+    Args:
+        factors: what each weight is multiplied with.
+        at_once: whether the first masked weight that is asked for brings those of all others, in one launch.
+    """
+
+    def __init__(self, factors: dict[Tensor, Tensor], at_once: bool = False) -> None:
+        self._factors, self._at_once = factors, at_once
+        self._made: dict[Tensor, tuple[int, Tensor]] = {}
+        """Masked weights that wait to be read, with the version of the weights that they were made of."""
 
     def factor(self, param: Tensor) -> Tensor:
         return self._factors[param]
 
     def masked(self, param: Tensor) -> Tensor:
-        return param * self._factors[param].to(param.dtype)
+        if not self._at_once:
+            return param * self._factors[param].to(param.dtype)
+        version, masked = self._made.pop(param, (-1, param))
+        if version != param._version:
+            products = times(list(self._factors), list(self._factors.values()))
+            made = zip(self._factors, products, strict=True)
+            self._made = {p: (p._version, product) for p, product in made}
+            _, masked = self._made.pop(param)
+        return masked
+
+
+def times(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Products of tensors with factors, in the dtypes of the tensors; one launch for those of a device and a dtype."""
+    return torch._foreach_mul(list(tensors), [f.to(t.dtype) for t, f in zip(tensors, factors, strict=True)])
 
 
 class KernelDraw:

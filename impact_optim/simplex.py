@@ -29,7 +29,7 @@ _ROUNDING = 1e-9  # what is left of a budget that the floor takes up
 LARGEST_SAMPLE = 65536  # from whose level that of all is solved
 _NEAR = 1 / 64  # of a level: how far a Newton step may lead that is the last
 _TOLERANCE = 1e-3  # of what is dropped or kept
-NEWTON_STEPS = 6  # on a device that must not be waited for
+NEWTON_STEPS = 4  # on a device that must not be waited for
 _MOST_STEPS = 200  # on a CPU, which stops when the budget is met
 
 
@@ -126,7 +126,7 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
     tolerance = _TOLERANCE * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
     closest = math.inf
     for _ in range(_MOST_STEPS if on_cpu else NEWTON_STEPS):
-        missing, filled, opened, near = _fill(w, level, alive is not None)
+        missing, filled, opened, *near = _fill(w, level, alive is not None, on_cpu)
         # Of the two, what is small is accurate.
         error = mean * live - filled if mean < 0.5 else missing - (1.0 - mean) * live
         slope = opened - missing if mean >= 0.5 else filled - (live - opened)
@@ -138,7 +138,7 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
         level = level * ratio
         if on_cpu:
             change = abs(float(ratio) - 1.0)
-            if (change <= _NEAR and float(near) * change <= tolerance) or level.float() == before.float():
+            if (change <= _NEAR and float(near[0]) * change <= tolerance) or level.float() == before.float():
                 break
     return level
 
@@ -148,15 +148,16 @@ def level_sample(n: int) -> int:
     return max(SAMPLE, min(n // 64, LARGEST_SAMPLE))
 
 
-def _fill(w: Sequence[Tensor], level: Tensor, some_are_dead: bool) -> list[Tensor]:
+def _fill(w: Sequence[Tensor], level: Tensor, some_are_dead: bool, counts_near: bool) -> list[Tensor]:
     """Of the weights above 0: the sums of max(0, 1 - cw) and min(1, cw), how many are below 1, and how many near it."""
-    sums: list[list[Tensor]] = [[], [], [], []]
+    sums: list[list[Tensor]] = [[], [], [], *([[]] if counts_near else [])]
     for t in w:
         c = level.to(t.device, torch.float32)
         for (part,) in blocks(t):
             filled = part * c
             gap = 1.0 - filled
-            sums[3].append((gap.abs() <= _NEAR).sum())
+            if counts_near:
+                sums[3].append((gap.abs() <= _NEAR).sum())
             gap.clamp_(min=0.0)
             if some_are_dead:
                 gap.mul_(part > 0)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torchvision
 from helpers import assert_same, clones, every_face
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from impact_optim import SIGNALS, ImpactSGD
+from impact_optim import SIGNALS, ImpactSGD, simplex
 from impact_optim.sampling import ROW, as_uniform, bits
 
 LEARNT = sorted(set(SIGNALS) - {"lookahead"})
@@ -605,6 +606,48 @@ def test_no_step_and_no_masked_pass_waits_for_a_device(importance):
         loss.backward()
         with NoWaiting():
             optimizer.step()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what works on memory, and not what only makes a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or func.namespace == "profiler")
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_a_step(copies, **options):
+    """Those of masks, of a pass that reads all weights, and of a step, for the list of a ResNet-50; small tensors."""
+    with torch.device("meta"):
+        shapes = [[min(size, 7) for size in p.shape] for p in torchvision.models.resnet50().parameters()] * copies
+    model = nn.Module()
+    for i, shape in enumerate(shapes):
+        model.register_parameter(f"weight{i}", nn.Parameter(torch.randn(shape)))
+    names = [name for name, _ in model.named_parameters()]
+    model.forward = lambda: [getattr(model, name) for name in names]
+    optimizer = ImpactSGD(model, lr=0.01, momentum=0.9, weight_decay=1e-4, drop_rate=0.1, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with Launches() as launches:
+            read = model()
+        torch.autograd.backward(read, [torch.ones_like(weight) for weight in read])
+        with launches:
+            optimizer.step()
+    return launches.count, len(shapes)
+
+
+def test_launches_of_a_step_are_few_and_do_not_grow_with_the_number_of_tensors(monkeypatch):
+    """As on a GPU; there a kernel makes them fewer still."""
+    monkeypatch.setattr(simplex, "_may_wait", lambda tensors: False)
+    monkeypatch.setattr(simplex, "LARGEST_SAMPLE", 1000)  # so that Newton steps follow
+    few, tensors = launches_of_a_step(1, foreach=True)
+    assert tensors == 161
+    assert few <= 200
+    assert launches_of_a_step(2, foreach=True)[0] <= few
 
 
 def peak_of_a_step(optimizer, model):
