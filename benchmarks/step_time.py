@@ -7,8 +7,8 @@
 Every row is a candidate against fused SGD (or fused AdamW, where it is an AdamW) on weights of its own, with fixed
 gradients. The two take turns, and the ratio is that of neighbours, so that a machine whose speed drifts does not show;
 "SGD fused" against itself shows the noise. Where there are masks, the forward pass of a module that holds the weights
-and only reads them is timed with the step, and so is its backward pass: it makes the masked weights. Rows "training"
-time a whole step of a network.
+and only reads them is timed with the step: it makes the masked weights. Its backward pass, which only copies the fixed
+gradients, is not (on a GPU, it is). Rows "training" time a whole step of a network.
 
 The limit of a row is the time in which the machine moves as many bytes as the step has to read and write at least, at
 the speed of `copy_` or of `add_` with large tensors, whichever is faster: a copy also fetches, uncounted, what it is
@@ -50,7 +50,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
 TURN = 1e-3  # seconds: quicker steps are timed several at a time
 WARM_UP = 8  # steps; slow ones that do not compile get three
 MIN_PAIRS, MAX_PAIRS = 5, 200  # three are enough where five take ten times what a row is given
-Step = Callable[[], None]
+Step = Callable[[], float | None]  # may return seconds that do not count
 
 
 # ------------------------------------------------------------------------------ candidates
@@ -185,10 +185,15 @@ class Case(NamedTuple):
         for p in weights.parameters():
             p.grad = torch.randn_like(p) * 0.01
 
-        def read_and_step() -> None:
+        def read_and_step() -> float:
+            read = weights()
+            start = time.perf_counter()
             optimizer.zero_grad()
-            torch.autograd.backward(weights(), grads)
+            torch.autograd.backward(read, grads)
+            del read
+            copied = time.perf_counter() - start
             optimizer.step()
+            return copied if device.type == "cpu" else 0.0
 
         return read_and_step if candidate.reads_weights else optimizer.step, list(weights.parameters())
 
@@ -232,12 +237,12 @@ def seconds_of(step: Step, device: torch.device, repeats: int = 1, warm: bool = 
         step()  # into the cache, as far as it fits: the other one was here before
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start, left_out = time.perf_counter(), 0.0
     for _ in range(repeats):
-        step()
+        left_out += step() or 0.0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - start - left_out) / repeats
 
 
 def take_turns(steps: list[Step], device: torch.device, budget: float) -> tuple[list[tuple[float, ...]], list[float]]:
@@ -297,11 +302,18 @@ def overhead(name: str, device: torch.device, budget: float, numel: float, count
     return row
 
 
+def moved(move: Callable[[Tensor], Tensor], source: Tensor) -> Step:
+    def step() -> None:
+        move(source)
+
+    return step
+
+
 def memory_speed(source: Tensor, target: Tensor, device: torch.device) -> dict[str, float]:
     """GB/s, read and written, of a copy and of a sum in place."""
     size = source.numel() * source.element_size() / 1e9
-    copy = [seconds_of(lambda: target.copy_(source), device) for _ in range(10)]
-    add = [seconds_of(lambda: target.add_(source), device) for _ in range(10)]
+    copy = [seconds_of(moved(target.copy_, source), device) for _ in range(10)]
+    add = [seconds_of(moved(target.add_, source), device) for _ in range(10)]
     return {"copy": 2 * size / median(copy), "add": 3 * size / median(add)}
 
 

@@ -319,32 +319,32 @@ template <class T> void step_block(const Group &group, const Tensor &t, int64_t 
 
 // ------------------------------------------------------------------------------------------ level
 
+// Of the weights that live, with c the level: how many have cw below 1, how many cw near 1, how many there are; and of
+// those below 1 the sum of cw if that is what is small, else of 1 - cw.
 struct Fill {
-    double missing = 0, slope = 0, full = 0, near = 0, alive = 0;
+    double part = 0, open = 0, near = 0, alive = 0;
 
     void add(const Fill &other) {
-        missing += other.missing, slope += other.slope, full += other.full;
-        near += other.near, alive += other.alive;
+        part += other.part, open += other.open, near += other.near, alive += other.alive;
     }
 };
 
-// Of what lives: the sums of max(0, 1 - cw) and of cw below 1; how many are full, how many nearly, how many there are.
-template <bool HOLDS_ZEROS, class T> void fill_block(const Tensor &t, int64_t begin, int n, float c, Fill &fill) {
+template <bool IS_LOW, bool HOLDS_ZEROS, class T>
+void fill_block(const Tensor &t, int64_t begin, int n, float c, Fill &fill) {
     const float *log_w = t.log_importance + begin;
     const T *x = static_cast<const T *>(t.weight) + begin;
-    float missing = 0, slope = 0, full = 0, near = 0, alive = 0;
-#pragma omp simd reduction(+ : missing, slope, full, near, alive)
+    float part = 0, open = 0, near = 0, alive = HOLDS_ZEROS ? 0 : float(n);
+#pragma omp simd reduction(+ : part, open, near, alive)
     for (int i = 0; i < n; ++i) {
-        const bool is_dead = HOLDS_ZEROS && load(x[i]) == 0;
-        const float w = is_dead ? 0.0f : exp32(log_w[i]), one = is_dead ? 0.0f : 1.0f;
-        const float filled = c * w, gap = one - filled;
-        missing += std::max(gap, 0.0f);
-        slope += gap > 0.0f ? filled : 0.0f;
-        full += gap > 0.0f ? 0.0f : one;
-        near += std::abs(gap) <= NEAR ? one : 0.0f;
-        alive += one;
+        const bool lives = !HOLDS_ZEROS || load(x[i]) != 0;
+        const float filled = c * exp32(log_w[i]), gap = 1.0f - filled;
+        const bool is_open = lives & (gap > 0.0f), is_near = lives & (std::abs(gap) <= float(NEAR));
+        part += is_open ? (IS_LOW ? filled : gap) : 0.0f;
+        open += is_open ? 1.0f : 0.0f;
+        near += is_near ? 1.0f : 0.0f;
+        if (HOLDS_ZEROS) alive += lives ? 1.0f : 0.0f;
     }
-    fill.add({missing, slope, full, near, alive});
+    fill.add({part, open, near, alive});
 }
 
 // `size` importances w spread evenly over the tensors, the same places at every call; 0 for a zero that is held.
@@ -360,8 +360,12 @@ std::vector<float> sample_of(const Tensor *tensors, int64_t count, int64_t size,
         const int64_t place = size >= total ? i : int64_t((double(i) + (spread - std::floor(spread))) * stride);
         for (; place - before >= t->size; ++t) before += t->size;
         const bool is_dead = holds_zeros && load(static_cast<const T *>(t->weight)[place - before]) == 0;
-        sample[i] = is_dead ? 0.0f : exp32(t->log_importance[place - before]);
+        sample[i] = is_dead ? -HUGE_VALF : t->log_importance[place - before];
     }
+    float *w = sample.data();
+    const int64_t n = int64_t(sample.size());
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) w[i] = w[i] < -LOG_BOUND ? 0.0f : exp32(w[i]);
     return sample;
 }
 
@@ -439,14 +443,15 @@ template <class T> Sums step_all(const Group &group, const Tensor *tensors, int6
     return sums;
 }
 
-template <class T> Fill fill_all(const Group &group, const std::vector<Piece> &pieces, double level) {
+template <class T>
+Fill fill_all(const Group &group, const std::vector<Piece> &pieces, double level, bool is_low) {
     std::vector<Fill> parts(pieces.size());
     const float c = float(level);
     for_blocks(group, pieces, [&](const Tensor &t, int64_t begin, int n, int64_t k) {
-        if (group.holds_zeros)
-            fill_block<true, T>(t, begin, n, c, parts[k]);
-        else
-            fill_block<false, T>(t, begin, n, c, parts[k]);
+        if (is_low && group.holds_zeros) fill_block<true, true, T>(t, begin, n, c, parts[k]);
+        else if (is_low) fill_block<true, false, T>(t, begin, n, c, parts[k]);
+        else if (group.holds_zeros) fill_block<false, true, T>(t, begin, n, c, parts[k]);
+        else fill_block<false, false, T>(t, begin, n, c, parts[k]);
     });
     Fill all;
     for (const Fill &part : parts) all.add(part);
@@ -459,15 +464,16 @@ double level_all(const Group &group, const Tensor *tensors, int64_t count, doubl
     const auto sample = sample_of<T>(tensors, count, size, group.holds_zeros);
     double level = sample_level(sample, mean), closest = HUGE_VAL;
     if (int64_t(sample.size()) < size) return level;  // the sample is all there is
-    Fill fill;
+    const bool is_low = mean < 0.5;
     for (int k = 0; k < MOST_STEPS; ++k) {
-        fill = fill_all<T>(group, pieces, level);
-        const double error = mean < 0.5 ? mean * fill.alive - fill.full - fill.slope
-                                        : fill.missing - (1.0 - mean) * fill.alive;
+        const Fill fill = fill_all<T>(group, pieces, level, is_low);
+        const double slope = is_low ? fill.part : fill.open - fill.part;
+        const double error = is_low ? mean * fill.alive - (fill.alive - fill.open) - slope
+                                    : fill.part - (1.0 - mean) * fill.alive;
         const double tolerance = TOLERANCE * std::min(mean, 1.0 - mean) * fill.alive;
-        const double ratio = std::min(std::max(1.0 + error / std::max(fill.slope, 1e-30), 0.125), 8.0);
+        const double ratio = std::min(std::max(1.0 + error / std::max(slope, 1e-30), 0.125), 8.0);
         const double change = std::abs(ratio - 1.0);
-        if (error >= closest && error <= fill.slope) break;  // rounding
+        if (error >= closest && error <= slope) break;  // rounding
         if (error > 0) closest = error;
         const double before = level;
         level *= ratio;
