@@ -415,7 +415,9 @@ std::vector<Piece> pieces_of(const Tensor *tensors, int64_t count) {
 // Calls work(tensor, begin, n, number of the piece) for all blocks; none crosses a row.
 template <class Work> void for_blocks(const Group &group, const std::vector<Piece> &pieces, Work work) {
     const int64_t count = int64_t(pieces.size());
-    const int threads = int(std::min<int64_t>(group.threads, count));
+    int64_t total = 0;
+    for (const Piece &piece : pieces) total += piece.end - piece.begin;
+    const int threads = int(std::min<int64_t>({group.threads, count, total / CHUNK}));  // waking one has its price
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t k = 0; k < count; ++k) {
         const Piece &piece = pieces[k];
