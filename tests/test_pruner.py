@@ -225,8 +225,8 @@ def test_macs_are_met_as_nearly_as_whole_units_allow(fraction):
     wanted = (1 - fraction) * before
     scores, possible = pruner._scores(), []
     for k in range(units(pruner)):
-        chosen = pruner._lowest(k / units(pruner), scores)
-        possible.append(model_size(model, ((X[:1],), {}), pruner.graph.plan(chosen)).macs[""])
+        plan = pruner._lowest(k / units(pruner), scores)
+        possible.append(model_size(model, ((X[:1],), {}), plan).macs[""])
     assert abs(pruner.step().macs[1] - wanted) <= max(min(abs(m - wanted) for m in possible), 0.002 * before)
 
 
@@ -742,7 +742,6 @@ def sizes(**options):
 def test_options_of_the_budget():
     assert sizes()["4"] == 12
     assert sizes(round_to=8)["4"] in (8, 16)
-    assert all(size >= 10 for size in sizes(min_units=10, split="global").values())
     model = network()
     pruner = prune(model, {1: 0.25, 2: 0.5}, criterion="l1", max_ratio=0.25)
     pruner.step()

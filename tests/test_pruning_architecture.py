@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from impact_optim.pruning import trace
 from impact_optim.pruning.architecture import _digest, load_pruned, save_pruned
-from impact_optim.pruning.graph import trace
 from impact_optim.pruning.surgery import cut
 
 NETWORK = """

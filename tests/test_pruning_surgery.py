@@ -352,7 +352,7 @@ def test_a_failure_at_any_stage_changes_nothing(stage: str, at: int, monkeypatch
         "select": (surgery, "select"),
         "give": (surgery, "_give"),
         "graph": (UnitGraph, "forget"),
-        "relist": (UnitGraph, "_relist"),
+        "relist": (UnitGraph, "relist"),
     }
     with monkeypatch.context() as patch:
         if stage == "attribute":

@@ -2,11 +2,13 @@
 
 from .architecture import load_pruned, save_pruned
 from .criteria import CRITERIA
-from .graph import Axis, Observation, UnitGraph, UnitGroup, trace
+from .graph import Axis, Observation, UnitGraph, UnitGroup
+from .plan import Plan, PruneRecord
 from .pruner import ActivationPruner, ramp
 from .repair import repair
 from .report import LayerReport, PruneReport
-from .surgery import PruneRecord, cut
+from .surgery import cut
+from .tracing import trace
 
 __all__ = [
     "CRITERIA",
@@ -14,6 +16,7 @@ __all__ = [
     "Axis",
     "LayerReport",
     "Observation",
+    "Plan",
     "PruneRecord",
     "PruneReport",
     "UnitGraph",

@@ -10,21 +10,10 @@ from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from .labels import (
-    CONSUMER,
-    CREATED,
-    PRODUCER,
-    Propagation,
-    Rule,
-    Value,
-    blank,
-    core,
-    flat,
-    index0,
-    is_value,
-    stretched,
-    varied,
-)
+from .coupling import CONSUMER, PRODUCER
+from .labels import Value, core, flat, index0, is_value, stretched, varied
+from .propagation import Propagation, Rule, blank
+from .transcript import CREATED
 
 
 def _shape(node: Node) -> tuple[int, ...]:

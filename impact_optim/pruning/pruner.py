@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 
 from ..impact import impact_of
 from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
-from .graph import UnitGroup, trace
-from .rehearsal import as_inputs
+from .graph import UnitGroup
+from .plan import UNCUT, Plan
 from .repair import Optimizers, drawn_masks, impacts_around, repair, replace_state, with_state
 from .report import LayerReport, ModelSize, PruneReport, model_size
 from .statistics import ActivationStatistics, UnitStatistics
-from .surgery import PruneRecord, cut
+from .surgery import cut
+from .tracing import trace
 
 __all__ = ["ActivationPruner", "ramp"]
 
@@ -85,7 +86,6 @@ class ActivationPruner:
         target: what the fractions are of, ``"units"`` or ``"macs"``.
         split: how the budget is spread over layers, ``"uniform"``, ``"global"`` or ``"rademacher"``.
         round_to: layers keep a multiple of so many channels where they are wide enough.
-        min_units: that each layer keeps.
         max_ratio: the largest share of its units that a layer may lose, in [0, 1].
         ignore: modules of which nothing is cut.
         guard: a metric, called with the model, of which more is better, and how much of it a cut may cost. A cut that
@@ -116,7 +116,6 @@ class ActivationPruner:
         target: str = "units",
         split: str = "uniform",
         round_to: int = 8,
-        min_units: int = 1,
         max_ratio: float = 1.0,
         ignore: Iterable[nn.Module] = (),
         guard: Guard | None = None,
@@ -131,23 +130,20 @@ class ActivationPruner:
             raise ValueError(f"target is {target!r}; it must be 'units' or 'macs'")
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {SPLITS}")
-        if round_to < 1 or min_units < 1 or not 0 <= max_ratio <= 1:
-            raise ValueError(
-                f"round_to={round_to} and min_units={min_units} must be at least 1, and max_ratio={max_ratio} in [0, 1]"
-            )
+        if round_to < 1 or not 0 <= max_ratio <= 1:
+            raise ValueError(f"round_to={round_to} must be at least 1, and max_ratio={max_ratio} in [0, 1]")
         self.model, self.schedule, self.criterion = model, dict(sorted(schedule.items())), criterion
         self.optimizers = with_state(optimizer)
         _check_none_is_forgotten(self.optimizers, model)
         self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
         repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
         self.target, self.split, self.guard, self.seed = target, split, guard, seed
-        self.round_to, self.min_units, self.max_ratio = round_to, min_units, max_ratio
+        self.round_to, self.max_ratio = round_to, max_ratio
         self.epoch = 0
         """Epochs that have ended."""
         self.graph = trace(model, example_inputs, ignore=ignore)
         self.statistics = ActivationStatistics(model, self.graph, every=every, seed=seed)
-        self._inputs = as_inputs(example_inputs)
-        self._size = model_size(model, self._inputs)
+        self._size = self._size_with(UNCUT)
         self._original_macs = self._size.macs[""]
         self._attach_if_due()
 
@@ -174,7 +170,7 @@ class ActivationPruner:
             if epoch in self.schedule:
                 report = self._cut_to(self.schedule[epoch], epoch, before)
             else:
-                report = self._report(epoch, {}, {}, self._size)
+                report = self._report(epoch, UNCUT, {}, self._size)
             self.epoch = epoch
             self.statistics.reset()
             self._attach_if_due()
@@ -194,9 +190,8 @@ class ActivationPruner:
         """
         _check_schedule({1: fraction})
         scores = self._scores()
-        chosen = self._choose(fraction, scores)
-        size = model_size(self.model, self._inputs, self.graph.plan(chosen))
-        return replace(self._report(self.epoch, chosen, scores.values, size), note="dry run")
+        plan = self._plan(fraction, scores)
+        return replace(self._report(self.epoch, plan, scores.values, self._size_with(plan)), note="dry run")
 
     def _attach_if_due(self) -> None:
         if self.epoch + 1 in self.schedule and self._reads_activations():
@@ -211,36 +206,36 @@ class ActivationPruner:
 
     def _cut_to(self, fraction: float, epoch: int, before: _Snapshot) -> PruneReport:
         """Cuts until a fraction of what there was is gone, or as much of it as the guard bears."""
-        scores, gone = self._scores(), self._gone()
-        chosen, metric, note = self._choose(fraction, scores), None, ""
+        scores, gone = self._scores(), self._gone(self._size, UNCUT)
+        plan, metric, note = self._plan(fraction, scores), None, ""
         if fraction <= gone:
             note = f"{gone:.3g} of the {self.target} are gone already"
         elif self.guard is not None:
-            borne, chosen, metric = self._bearable(fraction, scores, self.guard, before)
+            borne, plan, metric = self._bearable(fraction, scores, self.guard, before)
             if borne < fraction:
                 note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
-        size = model_size(self.model, self._inputs, self.graph.plan(chosen))
-        note = note or self._shortfall(fraction, chosen, scores, size)
-        report = self._report(epoch, chosen, scores.values, size)
-        records = self._remove(chosen)
+        size = self._size_with(plan)
+        note = note or self._shortfall(fraction, plan, scores, size)
+        report = self._report(epoch, plan, scores.values, size)
+        self._carry_out(plan)
         self._size = size
-        return replace(report, records=records, metric=metric, note=note, left_out=scores.left_out)
+        return replace(report, metric=metric, note=note, left_out=scores.left_out)
 
     def _bearable(
         self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
-    ) -> tuple[float, dict[str, Tensor], tuple[float, float]]:
-        """The largest fraction that the guard bears, the units for it, and the metric before and after them."""
+    ) -> tuple[float, Plan, tuple[float, float]]:
+        """The largest fraction that the guard bears, the plan of it, and the metric before and after."""
         measure, tolerance = guard
         start = _mean_over_processes(measure(self.model))
-        best: tuple[float, dict[str, Tensor], tuple[float, float]] = (self._gone(), {}, (start, start))
+        best = (self._gone(self._size, UNCUT), self.graph.plan({}), (start, start))
         asked, too_much = fraction, fraction
         for _ in range(1 + _SMALLER_CUTS):
             before.restore()
-            chosen = self._choose(asked, scores)
-            self._remove(chosen)
+            plan = self._plan(asked, scores)
+            self._carry_out(plan)
             end = _mean_over_processes(measure(self.model))
             if start - end <= tolerance:  # not so for nan
-                best = (asked, chosen, (start, end))
+                best = (asked, plan, (start, end))
                 if asked == fraction:
                     break
             else:
@@ -292,37 +287,35 @@ class ActivationPruner:
         reads = self._reads_activations()
         return {name: group for name, group in self.graph.groups.items() if group.observations or not reads}
 
-    def _gone(self) -> float:
-        """The fraction that has been removed of what there was."""
-        if self.target == "macs":
-            return 1 - self._size.macs[""] / self._original_macs
-        groups = self._groups().values()
-        all_units = sum(group.original_size for group in groups)
-        return 1 - sum(group.size for group in groups) / all_units if all_units else 0.0
+    def _size_with(self, plan: Plan) -> ModelSize:
+        return model_size(self.model, self.graph.rehearsal, plan)
 
-    def _shortfall(self, fraction: float, chosen: Mapping[str, Tensor], scores: _Scores, size: ModelSize) -> str:
+    def _gone(self, size: ModelSize, plan: Plan) -> float:
+        """The fraction of what there was that is gone once a plan has been carried out, which leaves this size."""
+        if self.target == "macs":
+            return 1 - size.macs[""] / self._original_macs
+        groups = self._groups()
+        left = sum(len(plan.left.get(name, group.original)) for name, group in groups.items())
+        return 1 - left / all_units if (all_units := sum(group.original_size for group in groups.values())) else 0.0
+
+    def _shortfall(self, fraction: float, plan: Plan, scores: _Scores, size: ModelSize) -> str:
         """Why nothing, or notably less than a fraction of what there was, is gone after a cut."""
         if not scores.values:
             where = "report.left_out" if self.graph.groups else "pruner.graph.frozen"
             return f"no group of units can be cut: see {where}"
-        if self.target == "macs":
-            gone = 1 - size.macs[""] / self._original_macs
-        else:
-            groups = self._groups()
-            left = sum(group.size - len(chosen.get(name, ())) for name, group in groups.items())
-            gone = 1 - left / sum(group.original_size for group in groups.values())
-        if chosen and gone >= fraction - _SHORTFALL:
+        gone = self._gone(size, plan)
+        if plan.left and gone >= fraction - _SHORTFALL:
             return ""
         return (
             f"{gone:.3g} of the {self.target} can go, not {fraction:.3g}: what can be cut is too little, or too wide "
-            f"apart with round_to={self.round_to}, min_units={self.min_units} and max_ratio={self.max_ratio}"
+            f"apart with round_to={self.round_to} and max_ratio={self.max_ratio}"
         )
 
-    def _choose(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
-        """The units to remove, by group, so that a fraction of what there was is gone."""
-        gone = self._gone()
+    def _plan(self, fraction: float, scores: _Scores) -> Plan:
+        """What to remove so that a fraction of what there was is gone."""
+        gone = self._gone(self._size, UNCUT)
         if fraction <= gone or not scores.values:
-            return {}
+            return self.graph.plan({})
         if self.target == "units":
             groups = self._groups()
             # What has no score stays, and the others go instead.
@@ -333,14 +326,14 @@ class ActivationPruner:
         # two roots of MACs meets the wanted one after few trials.
         wanted = (1 - fraction) * self._original_macs
         low, high = (0.0, self._size.macs[""] ** 0.5), (1.0, 0.0)
-        best: tuple[float, dict[str, Tensor]] = (float("inf"), {})
+        best = (math.inf, UNCUT)
         for i in range(_MACS_TRIES):
             asked = low[0] + (high[0] - low[0]) * (low[1] - wanted**0.5) / (low[1] - high[1])
             if i % 2:  # a line alone may creep up on it from one side
                 asked = (low[0] + high[0]) / 2
-            chosen = self._lowest(asked, scores)
-            macs = model_size(self.model, self._inputs, self.graph.plan(chosen)).macs[""]
-            best = min(best, (abs(macs - wanted), chosen), key=lambda pair: pair[0])
+            plan = self._lowest(asked, scores)
+            macs = self.graph.rehearsal.macs(self.model, plan)[""]
+            best = min(best, (abs(macs - wanted), plan), key=lambda pair: pair[0])
             if best[0] <= _MACS_TOLERANCE * self._original_macs:
                 break
             if macs > wanted:
@@ -349,39 +342,34 @@ class ActivationPruner:
                 high = (asked, macs**0.5)
         return best[1]
 
-    def _lowest(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
+    def _lowest(self, fraction: float, scores: _Scores) -> Plan:
+        """What to remove so that a fraction of the units that there are is gone."""
         groups = {name: self.graph.groups[name] for name in scores.values}
         least = {name: math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9) for name, group in groups.items()}
-        return units_to_remove(
-            scores.values,
-            fraction,
-            split=self.split,
-            statistics=scores.statistics,
-            round_to={name: units_per_step(group, self.round_to) for name, group in groups.items()},
-            min_units={name: max(self.min_units, units) for name, units in least.items()},
+        return self.graph.plan(
+            units_to_remove(
+                scores.values,
+                fraction,
+                split=self.split,
+                statistics=scores.statistics,
+                round_to={name: units_per_step(group, self.round_to) for name, group in groups.items()},
+                min_units={name: max(1, units) for name, units in least.items()},
+            )
         )
 
-    def _remove(self, chosen: Mapping[str, Tensor]) -> list[PruneRecord]:
+    def _carry_out(self, plan: Plan) -> None:
         """Cuts everything that knows of the units. Where it raises, part of it may have been cut."""
-        kept = {}
-        for name, units in chosen.items():
-            stays = torch.ones(self.graph.groups[name].size, dtype=torch.bool)
-            stays[units] = False
-            kept[name] = stays.nonzero().flatten()
-        records = cut(self.model, self.graph, chosen)
+        records = cut(self.model, self.graph, plan)
         repair(records, self.model, optimizers=self.optimizers, averaged=self.averaged)
-        self.statistics.keep(kept)
-        return records
+        self.statistics.keep(plan)
 
-    def _report(
-        self, epoch: int, chosen: Mapping[str, Tensor], scores: Mapping[str, Tensor], after: ModelSize
-    ) -> PruneReport:
-        """What removing the chosen units does, before it is done."""
-        before, plan = self._size, self.graph.plan(chosen)
+    def _report(self, epoch: int, plan: Plan, scores: Mapping[str, Tensor], after: ModelSize) -> PruneReport:
+        """What a plan does, before it is carried out."""
+        before = self._size
         layers = [
             LayerReport(
                 name,
-                (group.original_size, group.size, group.size - len(chosen.get(name, ()))),
+                (group.original_size, group.size, len(plan.left.get(name, group.original))),
                 (scores[name].min().item(), scores[name].max().item()) if name in scores else None,
                 (before.macs.get(name, 0), after.macs.get(name, 0)),
                 (before.parameters.get(name, 0), after.parameters.get(name, 0)),
@@ -393,7 +381,7 @@ class ActivationPruner:
             layers,
             (before.macs[""], after.macs[""]),
             (before.parameters[""], after.parameters[""]),
-            [PruneRecord(name, dim, kept) for name, dims in plan.kept.items() for dim, kept in sorted(dims.items())],
+            plan.records,
         )
 
     @contextmanager
@@ -442,13 +430,13 @@ class ActivationPruner:
         chosen = {name: (~torch.isin(groups[name].original, left)).nonzero().flatten() for name, left in units.items()}
         with self._all_or_nothing():
             try:
-                self._remove({name: positions for name, positions in chosen.items() if len(positions)})
+                self._carry_out(self.graph.plan(chosen))
             except ValueError as error:
                 raise ValueError(
                     f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
                 ) from error
             self.statistics.load_state_dict(state_dict["statistics"])
-            self._size = model_size(self.model, self._inputs)
+            self._size = self._size_with(UNCUT)
             self.epoch = epoch
             self._attach_if_due()
 
@@ -476,7 +464,7 @@ class _Snapshot:
         self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
         self._masks = [(mask, mask.factors) for mask in drawn_masks(pruner.optimizers, pruner.model)]
-        self._graph = {key: deepcopy(value) for key, value in vars(pruner.graph).items() if key != "_inputs"}
+        self._restore_graph = pruner.graph.snapshot()
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.batches))
         self._size, self._epoch = pruner._size, pruner.epoch
@@ -500,7 +488,7 @@ class _Snapshot:
         for mask, factors in self._masks:
             if not mask.is_over:
                 mask.factors = factors
-        vars(self._pruner.graph).update(deepcopy(self._graph))
+        self._restore_graph()
         statistics = self._pruner.statistics
         statistics.groups, statistics.batches = deepcopy(self._statistics)
         self._pruner._size, self._pruner.epoch = self._size, self._epoch
