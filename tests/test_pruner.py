@@ -230,6 +230,17 @@ def test_macs_are_met_as_nearly_as_whole_units_allow(fraction):
     assert abs(pruner.step().macs[1] - wanted) <= max(min(abs(m - wanted) for m in possible), 0.002 * before)
 
 
+def test_macs_count_what_is_ignored():
+    model = network()
+    original = model_size(model, ((X[:1],), {}))
+    pruner = prune(model, {1: 0.3}, criterion="random", target="macs", ignore=[model[4]])
+    report = pruner.step()
+    left = model_size(model, ((X[:1],), {}))
+    assert report.macs == (original.macs[""], left.macs[""])
+    assert report.parameters == (original.parameters[""], left.parameters[""])
+    assert left.macs[""] / original.macs[""] == pytest.approx(0.7, abs=0.1)
+
+
 def test_macs_count_attention():
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     pruner = ActivationPruner(layer, torch.randn(2, 10, 16), {1: 0.5}, criterion="random")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from impact_optim.pruning import trace
+from impact_optim.pruning import open_heads, trace
 from impact_optim.pruning.architecture import _digest, load_pruned, save_pruned
 from impact_optim.pruning.surgery import cut
 
@@ -151,6 +151,20 @@ def test_tied_weights_are_kept_once_and_stay_tied(tmp_path):
     untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
     with pytest.raises(ValueError, match=r"there is a tensor 'head.weight' only here"):
         load_pruned(untied, tmp_path)
+
+
+def test_open_heads_are_kept_and_asked_for(tmp_path):
+    def build():
+        return nn.TransformerEncoderLayer(12, 3, 16, batch_first=True)
+
+    x = torch.randn(2, 5, 12)
+    model = open_heads(build()).eval()
+    graph = trace(model, x)
+    cut(model, graph, {"self_attn.in_proj_weight": [1], "linear1": [0, 3]})
+    save_pruned(model, tmp_path)
+    assert torch.equal(load_pruned(open_heads(build()).eval(), tmp_path)(x), model(x))
+    with pytest.raises(ValueError, match="'self_attn' is MultiheadAttention here, OpenMultiheadAttention there"):
+        load_pruned(build(), tmp_path)
 
 
 def test_a_loaded_network_can_be_saved_again(tmp_path):

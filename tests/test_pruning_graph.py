@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 
-from impact_optim.pruning import cut, trace
+from impact_optim.pruning import cut, open_heads, trace
 
 Unit = tuple[str, int]
 """Group, and number in it."""
@@ -698,13 +698,170 @@ def test_multihead_attention_keeps_its_heads_and_the_rest_is_cut() -> None:
     assert trace(frozen, tokens()).groups.keys() == graph.groups.keys()
 
 
-def test_recurrent_layers_are_not_cut() -> None:
-    model = Run(lambda m, x: m.b(m.rnn(m.a(x))[0]), a=nn.Linear(12, 6), rnn=nn.LSTM(6, 5), b=nn.Linear(5, 2))
-    before = run(randomised(model), tokens())
-    graph = trace(model, tokens())
+def attention_arguments(how: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """Of a forward pass of attention with 12 wide inputs and 3 heads."""
+    x, y = (torch.randn(2, n, 12, dtype=torch.float64) for n in (5, 4))
+    if how == "masks":
+        padding = torch.tensor([[False, False, False, True], [False, True, True, True]])
+        return (x, y, y), {"key_padding_mask": padding, "attn_mask": torch.randn(5, 4, dtype=torch.float64)}
+    if how == "causal":
+        mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+        return (x, x, x), {"attn_mask": mask, "is_causal": True, "need_weights": False}
+    if how == "a mask for each head":
+        return (x, y, y), {"attn_mask": torch.rand(6, 5, 4) > 0.8, "average_attn_weights": False}
+    if how == "one sample":
+        return (x[0], y[0], y[0]), {"key_padding_mask": torch.tensor([False, False, True, False])}
+    return (x, x, x), {"need_weights": how == "weights"}
+
+
+@pytest.mark.parametrize("how", ["plain", "weights", "masks", "causal", "a mask for each head", "one sample"])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True}, {"kdim": 12, "vdim": 12, "bias": False, "batch_first": True}]
+)
+def test_open_attention_is_that_of_torch(how: str, options: dict[str, Any]) -> None:
+    inputs, masks = attention_arguments(how)
+    if not options.get("batch_first") and how != "one sample":
+        inputs = tuple(tensor.transpose(0, 1) for tensor in inputs)
+    model = nn.MultiheadAttention(12, 3, **options)
+    if "kdim" in options:  # torch makes them separate only where the widths differ
+        model.q_proj_weight, model.k_proj_weight, model.v_proj_weight = (
+            nn.Parameter(part.clone()) for part in model.in_proj_weight.chunk(3)
+        )
+        model.register_parameter("in_proj_weight", None)
+        model._qkv_same_embed_dim = False
+    model = randomised(model)
+    opened = open_heads(copy.deepcopy(model))
+    assert type(opened) is not type(model)
+    assert opened.state_dict().keys() == model.state_dict().keys()
+    for one, other in zip(model(*inputs, **masks), opened(*inputs, **masks), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_heads_of_open_multihead_attention_are_cut(norm_first: bool) -> None:
+    model = open_heads(nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, norm_first=norm_first))
+    check(Case(model, tokens(), {"self_attn.in_proj_weight": 3, "linear1": 16}, {}))
+    left = model.self_attn.num_heads
+    assert left < 3
+    assert model.self_attn.in_proj_weight.shape == (3 * left * 4, 12)
+    assert model.self_attn.out_proj.in_features == left * 4
+
+
+def test_attention_with_more_keys_than_its_input_has_stays_as_it_is() -> None:
+    kept = nn.Sequential(
+        nn.MultiheadAttention(12, 3, add_bias_kv=True), nn.MultiheadAttention(12, 3, add_zero_attn=True)
+    )
+    assert all(type(module) is nn.MultiheadAttention for module in open_heads(kept))
+
+
+def recurrent(kind: type[nn.RNNBase], **options: Any) -> nn.Module:
+    width = 5 * (2 if options.get("bidirectional") else 1)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.relu(m.rnn(m.a(x))[0]))
+
+    return Run(forward, a=nn.Linear(12, 6), rnn=kind(6, 5, batch_first=True, **options), b=nn.Linear(width, 2))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "dropout": 0.0}])
+def test_hidden_units_of_recurrent_layers_are_cut(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    model = recurrent(kind, **options)
+    check(Case(model, tokens(), {"a": 6, "rnn.weight_ih_l0": 5}, {}))
+    left = model.rnn.weight_hh_l0.shape[1]
+    assert (model.rnn.hidden_size, model.rnn.input_size) == (left, model.rnn.weight_ih_l0.shape[1])
+    assert left < 5
+    assert model.b.in_features == left * (2 if options.get("bidirectional") else 1)
+
+
+def test_recurrent_layers_that_tell_their_state_or_project_it_are_not_cut() -> None:
+    for options in ({"proj_size": 3}, {}):
+        rnn, width = nn.LSTM(6, 5, **options), options.get("proj_size", 5)
+        model = Run(lambda m, x: (m.b(m.rnn(m.a(x))[0]), m.rnn(m.a(x))[1]), a=nn.Linear(12, 6), rnn=rnn)
+        model.b = nn.Linear(width, 2)
+        inputs = tokens()
+        before = run(randomised(model), inputs)
+        assert not any(name.startswith("rnn") for name in trace(model, inputs).groups)
+        assert difference(before, run(model, inputs)) == 0  # its own list of weights is the one with data again
+
+
+def test_states_that_are_handed_in_keep_the_hidden_units() -> None:
+    model = Run(lambda m, x, h: m.b(m.rnn(x, h)[0]), rnn=nn.GRU(12, 5, batch_first=True), b=nn.Linear(5, 2))
+    inputs = (*tokens(), torch.randn(1, 2, 5, dtype=torch.float64))
+    graph = trace(randomised(model), inputs)
     assert not graph.groups
-    assert "aten::lstm" in graph.frozen["a"]
-    assert difference(before, run(model, tokens())) >= 0  # its own list of weights is none without data
+    assert "not cut" in graph.frozen["rnn.weight_ih_l0"]
+
+
+class Deformable(nn.Module):
+    """Attention that looks at few places, as in Deformable DETR: each head samples an image where a token says."""
+
+    def __init__(self, heads: int = 3, width: int = 4, points: int = 2) -> None:
+        super().__init__()
+        self.n_heads, self.n_points, self.head_dim = heads, points, width
+        self.value, self.out = nn.Linear(12, heads * width), nn.Linear(heads * width, 12)
+        self.offsets, self.weights = nn.Linear(12, heads * points * 2), nn.Linear(12, heads * points)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        height, width = image.shape[1:3]
+        value = self.value(image).view(batch, height * width, self.n_heads, -1)
+        value = value.flatten(2).transpose(1, 2).reshape(batch * self.n_heads, -1, height, width)
+        places = self.offsets(x).view(batch, length, self.n_heads, self.n_points, 2).sigmoid() * 2 - 1
+        places = places.transpose(1, 2).flatten(0, 1)
+        seen = F.grid_sample(value, places, align_corners=False)
+        weights = self.weights(x).view(batch, length, self.n_heads, self.n_points).softmax(-1)
+        weights = weights.transpose(1, 2).reshape(batch * self.n_heads, 1, length, self.n_points)
+        seen = (seen * weights).sum(-1).view(batch, -1, length)
+        return self.out(seen.transpose(1, 2))
+
+
+def test_heads_of_deformable_attention_are_units() -> None:
+    inputs = (*tokens(), torch.randn(2, 4, 5, 12, dtype=torch.float64))
+    model = Deformable()
+    check(Case(model, inputs, {"value": 3}, {"out": (-1, of("value", 3, 4))}))
+    assert model.n_heads < 3
+
+
+class Diffusion(nn.Module):
+    """Self-attention of diffusion models: over the places of an image, from one convolution, with its own scale."""
+
+    def __init__(self, how: str, heads: int = 3, width: int = 4) -> None:
+        super().__init__()
+        self.how, self.heads, self.scale = how, heads, width**-0.25
+        self.norm, self.body = nn.GroupNorm(2, 8), nn.Conv2d(3, 8, 1)
+        self.qkv, self.proj = nn.Conv1d(8, 3 * heads * width, 1), nn.Conv1d(heads * width, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x).flatten(2))
+        if self.how == "chunked":  # guided-diffusion, new order
+            q, k, v = qkv.chunk(3, dim=1)
+            q, k, v = (part.reshape(batch * self.heads, -1, part.shape[-1]) for part in (q, k, v))
+        elif self.how == "split":  # guided-diffusion, legacy order
+            each = qkv.shape[1] // (3 * self.heads)
+            q, k, v = qkv.reshape(batch * self.heads, 3 * each, -1).split(each, dim=1)
+        elif self.how == "literal":  # and with numbers written down
+            q, k, v = (part.reshape(batch * 3, 4, -1) for part in qkv.chunk(3, dim=1))
+        scores = torch.einsum("bct,bcs->bts", q * self.scale, k * self.scale).softmax(-1)
+        seen = torch.einsum("bts,bcs->bct", scores, v).reshape(batch, -1, height * width)
+        return x + self.proj(seen).view(batch, channels, height, width)
+
+
+@pytest.mark.parametrize("how", ["chunked", "split"])
+def test_heads_of_diffusion_models_are_units(how: str) -> None:
+    model = Diffusion(how)
+    check(Case(model, image(), {"qkv": 3}, {"proj": (1, of("qkv", 3, 4))}))
+    assert model.heads == model.proj.in_channels // 4
+
+
+def test_heads_whose_number_is_written_down_stay() -> None:
+    graph = trace(randomised(Diffusion("literal")), image())
+    assert not graph.groups
+    assert "follow" in graph.frozen["qkv"]
 
 
 def test_weight_standardisation_keeps_the_inputs_of_a_layer() -> None:

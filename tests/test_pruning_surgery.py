@@ -404,6 +404,21 @@ def test_a_model_that_has_changed_is_refused() -> None:
         cut(model, graph, {"0": [1]})
 
 
+def test_a_plan_is_carried_out_as_long_as_it_fits() -> None:
+    model = small()
+    graph = trace(model, INPUT)
+    plan, other = graph.plan({"0": [1, 2]}), graph.plan({"3": [0]})
+    reference = deafened(model, graph, {"0": [1, 2]})
+    records = cut(model, graph, plan)
+    assert [(record.name, record.dim) for record in records] == [(record.name, record.dim) for record in plan.records]
+    assert difference(run(reference, INPUT), run(model, INPUT)) < 1e-12
+    for stale in (plan, other):
+        before = state(model, graph)
+        with pytest.raises(ValueError, match="another cut has been made"):
+            cut(model, graph, stale)
+        assert same(before, state(model, graph))
+
+
 def test_a_model_that_would_not_run_is_refused_with_the_line() -> None:
     class Late(nn.Module):
         strict = False

@@ -1,6 +1,7 @@
 """Cuts units that carry little information out of a network while it trains, exactly, and keeps what is left."""
 
 from .architecture import load_pruned, save_pruned
+from .attention import open_heads
 from .criteria import CRITERIA
 from .graph import Axis, Observation, UnitGraph, UnitGroup
 from .plan import Plan, PruneRecord
@@ -23,6 +24,7 @@ __all__ = [
     "UnitGroup",
     "cut",
     "load_pruned",
+    "open_heads",
     "ramp",
     "repair",
     "save_pruned",

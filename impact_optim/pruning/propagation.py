@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .attributes import may_count_units
+from .attributes import may_count_units, surely_counts_units
 from .coupling import PRODUCER, Coupling
 from .labels import Atoms, AxisKey, Mismatch, Value, core, is_value, varied
 from .transcript import Transcript, recipe_of
@@ -159,7 +159,7 @@ class Propagation(Coupling):
                 # Its forward computes the width of a head from embed_dim, which is the width of the input as well.
                 for value in given:
                     if not value.weight:
-                        self.freeze(value, "nn.MultiheadAttention derives its sizes from embed_dim")
+                        self.freeze(value, "nn.MultiheadAttention derives its sizes from embed_dim: see open_heads()")
             constant = self.transcript.begin(name, given, _numbers(node.target, bound))
             rule = self._rules.get(name)
             result = rule(self, bound, node) if rule else self.unknown(given, node)
@@ -187,7 +187,8 @@ class Propagation(Coupling):
 
     def _in_multihead(self, node: Node) -> bool:
         stack = (node.meta.get("nn_module_stack") or {}).values()
-        return any(isinstance(self.modules.get(name.split("@")[0]), nn.MultiheadAttention) for name, _ in stack)
+        modules = [self.modules.get(name.split("@")[0]) for name, _ in stack]
+        return any(getattr(type(module), "forward", None) is nn.MultiheadAttention.forward for module in modules)
 
     def _written(self, target: Value, result: Value, node: Node) -> None:
         """What an operator in place does to everything that shares memory with its target."""
@@ -231,8 +232,9 @@ class Propagation(Coupling):
                     continue
                 for labels in value.labels:
                     for dim in range(labels.dim()):
-                        if labels.size(dim) == size and labels.stride(dim) != 0:
-                            self.sizes.append(Size(name, attribute, labels, dim, False))
+                        counted = _once(labels, dim, size) if labels.stride(dim) != 0 else None
+                        if counted is not None and (counted is labels or surely_counts_units(attribute)):
+                            self.sizes.append(Size(name, attribute, counted, dim, False))
 
     def size_follows(self, attribute: str, labels: Tensor, dim: int) -> None:
         """Notes that an attribute of the current layer counts the indices of a dimension."""
@@ -278,6 +280,15 @@ def _numbers(target: torch._ops.OpOverload, bound: Mapping[str, Any]) -> list[An
         for name, value in bound.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and "int" not in kinds.get(name, "")
     ]
+
+
+def _once(labels: Tensor, dim: int, size: int) -> Tensor | None:
+    """Labels of so many indices, of which a dimension may be several rounds: of heads, once for each sample."""
+    rounds, rest = divmod(labels.size(dim), size)
+    if rest or not rounds:
+        return None
+    first = labels.narrow(dim, 0, size)
+    return labels if rounds == 1 else first if torch.equal(labels, torch.cat([first] * rounds, dim)) else None
 
 
 def blank(node: Node) -> Any:

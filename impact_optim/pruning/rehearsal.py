@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -95,7 +96,9 @@ class Rehearsal:
             RuntimeError: ``torch.export`` cannot trace it; the message says where, and what to do.
         """
         try:
-            with self._prepared(model, plan, training) as (args, kwargs):
+            with warnings.catch_warnings(), self._prepared(model, plan, training) as (args, kwargs):
+                # That code keeps tensors is said in vain: what it has kept is thrown away.
+                warnings.filterwarnings("ignore", "The tensor attribute")
                 return torch.export.export(model, args, copy.copy(kwargs), strict=False)
         except Exception as error:
             if kind := self._unknown_output(model, plan, training):
