@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pruning_repair import Both
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -73,6 +74,16 @@ def impact_rmsprop(model):
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5)
     Impact(model, optimizer, drop_rate=0.2, importance_lr=0.1)
     return optimizer
+
+
+def impact_muon(model):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    return Both(model, lr=0.01, drop_rate=0.2, importance_lr=0.1)
+
+
+def engine_of(optimizer):
+    return optimizer.impact if isinstance(optimizer, Both) else impact_of(optimizer)
 
 
 def itself(optimizer):
@@ -397,6 +408,7 @@ def test_masks_are_seen_by_the_statistics():
         slow(impact, "importance"),
         slow(impact_adamw, "entropy"),
         slow(impact_rmsprop, "entropy"),
+        (impact_muon, "importance"),
     ],
 )
 def test_training_goes_on_with_masks(criterion, build):
@@ -407,8 +419,8 @@ def test_training_goes_on_with_masks(criterion, build):
         epoch(model, optimizer, i)
         model(X)  # masks that no step uses
         pruner.step()
-    rows = impact_of(optimizer).importance_summary()
-    assert [row.numel for row in rows] == [p.numel() for p in model.parameters() if p.dim() > 1]
+    rows = engine_of(optimizer).importance_summary()
+    assert sorted(row.numel for row in rows) == sorted(p.numel() for p in model.parameters() if p.dim() > 1)
     assert sum(row.numel * row.drop_rate for row in rows) / sum(row.numel for row in rows) == pytest.approx(
         0.2, abs=1e-3
     )
@@ -416,14 +428,21 @@ def test_training_goes_on_with_masks(criterion, build):
 
 @pytest.mark.parametrize(
     ("build", "hand_in"),
-    [(impact, itself), (impact_adamw, impact_of), (impact_rmsprop, itself), (impact_rmsprop, impact_of)],
+    [
+        (impact, itself),
+        (impact_adamw, engine_of),
+        (impact_rmsprop, itself),
+        (impact_rmsprop, engine_of),
+        (impact_muon, itself),
+        (impact_muon, engine_of),
+    ],
 )
 def test_importance_removes_the_units_of_least_importance(build, hand_in):
     model = network()
     optimizer = build(model)
     pruner = prune(model, {1: 0.4}, hand_in(optimizer), criterion="importance")
     epoch(model, optimizer, 0)
-    importance = impact_of(optimizer).importance
+    importance = engine_of(optimizer).importance
     into, out = importance(model[4].weight), importance(model[6].weight)
     removed = {record.name: record for record in pruner.step().records}["4.bias"].kept
     mean = (into.sum(1) + out.sum(0)) / (into.shape[1] + out.shape[0])
@@ -453,13 +472,13 @@ def test_nothing_is_cut_while_the_parameters_hold_masked_weights(scope):
     assert_same(everything(pruner), before)
 
 
-@pytest.mark.parametrize("build", [impact, impact_adamw, impact_rmsprop])
+@pytest.mark.parametrize("build", [impact, impact_adamw, impact_rmsprop, impact_muon])
 def test_zeros_stay_zero_through_cuts(build):
     model = network()
     optimizer = build(model)
     pruner = prune(model, {1: 0.3, 2: 0.5}, optimizer, criterion="importance")
     epoch(model, optimizer, 0)
-    impact_of(optimizer).sparsify(0.5)
+    engine_of(optimizer).sparsify(0.5)
     for i in range(1, 4):
         report = pruner.step()
         assert bool(report.records) == (i < 3)
@@ -470,7 +489,7 @@ def test_zeros_stay_zero_through_cuts(build):
             assert torch.equal(model.get_parameter(name) == 0, mask)
 
 
-@pytest.mark.parametrize("build", [impact, impact_adamw, impact_rmsprop])
+@pytest.mark.parametrize("build", [impact, impact_adamw, impact_rmsprop, impact_muon])
 def test_an_optimizer_with_masks_must_not_be_forgotten(build):
     model = network()
     optimizer = build(model)
@@ -479,7 +498,7 @@ def test_an_optimizer_with_masks_must_not_be_forgotten(build):
     with pytest.raises(ValueError, match=r"trains this Sequential with masks"):
         prune(model, {1: 0.5}, sgd(model))
     prune(model, {1: 0.5}, optimizer)
-    impact_of(optimizer).detach()
+    engine_of(optimizer).detach()
     prune(model, {1: 0.5})
 
 
@@ -497,6 +516,7 @@ def test_an_optimizer_with_masks_must_not_be_forgotten(build):
         (impact, {"criterion": "importance", "target": "macs"}, 3),
         (impact_adamw, {"criterion": "importance"}, 3),
         (impact_rmsprop, {"criterion": "importance"}, 3),
+        (impact_muon, {"criterion": "importance"}, 3),
         slow(sgd, {"criterion": "random", "seed": 3}, 2),
     ],
 )

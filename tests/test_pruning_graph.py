@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import functools
 import math
 from collections import OrderedDict
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 
+import impact_optim.pruning
 from impact_optim.pruning import cut, open_heads, trace
 
 Unit = tuple[str, int]
@@ -1151,3 +1153,13 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_cut_equals_masked(name: str) -> None:
     check(CASES[name]())
+
+
+@pytest.mark.parametrize("module", [impact_optim.pruning, impact_optim.pruning.pruner])
+def test_docstring_examples(module: Any) -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = [test for test in finder.find(module) if test.examples and "train_one_epoch" not in test.docstring]
+    assert examples
+    runner = doctest.DocTestRunner()
+    for example in examples:
+        assert runner.run(example).failed == 0
