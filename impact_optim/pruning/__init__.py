@@ -3,7 +3,7 @@
 The words:
 
 - **unit**: what is removed or stays: a channel, a neuron, a head, with all that makes and reads it.
-- **group**: units of one kind, of which any can go as long as one is left. Its name is that of the layer that makes them.
+- **group**: units of one kind, of which any can go as long as one is left. It is named after the layer that makes them.
 - **position**: the place of a unit in its group, from 0; the units after it move up when it goes. Its *original*
   position is that of before all cuts.
 - **axis**: a dimension of a parameter or buffer. Its indices belong to units.
