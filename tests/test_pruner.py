@@ -723,11 +723,33 @@ def test_the_largest_bearable_cut_is_found_to_a_sixteenth(tolerance):
     assert report.metric[1] == pytest.approx(1 - lost)
 
 
+def test_what_all_cuts_together_cost_is_what_one_may():
+    model = network()
+    total = None
+    pruner = prune(model, {1: 0.1, 2: 0.3, 3: 0.5, 4: 0.6}, criterion="l1")
+    total = units(pruner)
+    pruner.guard = (lambda model: units(pruner) / total, 0.25)
+    reports = [pruner.step() for _ in range(3)]
+    resumed = prune(network(), pruner.schedule, criterion="l1", guard=(lambda model: units(resumed) / total, 0.25))
+    resumed.load_state_dict(pruner.state_dict())
+    for each in (pruner, resumed):
+        assert each.step().records == []
+        lost = 1 - units(each) / total
+        assert 0.25 - 0.2 / 16 - 2 / total <= lost <= 0.25
+    assert [report.metric[0] for report in reports] == [1.0, reports[0].metric[1], reports[1].metric[1]]
+    assert "the guard bears" not in reports[0].note
+    assert "the guard bears" in reports[2].note
+
+
 def test_a_cut_that_can_be_borne_is_that_without_a_guard():
     guarded, plain = trained(guard=(lambda model: 1.0, 0.0)), trained()
     reports = [guarded.step(), plain.step()]
     assert reports[0].metric == (1.0, 1.0)
-    assert_same(everything(guarded), everything(plain))
+    after = everything(guarded)
+    assert after["state"].pop("best_metric") == 1.0
+    without = everything(plain)
+    del without["state"]["best_metric"]
+    assert_same(after, without)
 
 
 def test_a_guard_that_raises_leaves_everything():
@@ -740,9 +762,10 @@ def test_a_guard_that_raises_leaves_everything():
 
 
 def test_a_metric_that_is_not_a_number_bears_nothing():
-    values = iter([0.5] + [math.nan] * 5)
-    pruner = trained(guard=(lambda model: next(values), 10.0))
-    assert pruner.step().records == []
+    for metrics in ([0.5] + [math.nan] * 5, [math.nan] + [0.5] * 5):
+        values = iter(metrics)
+        pruner = trained(guard=(lambda model, values=values: next(values), 10.0))
+        assert pruner.step().records == []
 
 
 @pytest.mark.parametrize("target", ["units", "macs"])

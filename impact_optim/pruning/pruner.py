@@ -88,8 +88,10 @@ class ActivationPruner:
         round_to: layers keep a multiple of so many channels where they are wide enough.
         max_ratio: the largest share of its units that a layer may lose, in [0, 1].
         ignore: modules of which nothing is cut.
-        guard: a metric, called with the model, of which more is better, and how much of it a cut may cost. A cut that
-            costs more is undone, and smaller ones are tried. Where processes train together, they compare its mean.
+        guard: a metric, called with the model, of which more is better, and how far below the best that it has been
+            before a cut it may be after one, however many there are. A cut that costs more is undone, and the largest
+            that does not is found by bisection. What the metric changes in the model, as a renewal of batch norm does,
+            is undone. Where processes train together, they compare its mean.
         every: statistics are gathered in one of so many forward passes.
         seed: of random signs, and of ``"random"``.
 
@@ -145,6 +147,7 @@ class ActivationPruner:
         self.statistics = ActivationStatistics(model, self.graph, every=every, seed=seed)
         self._size = self._size_with(UNCUT)
         self._original_macs = self._size.macs[""]
+        self._best_metric = -math.inf
         self._attach_if_due()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -219,6 +222,8 @@ class ActivationPruner:
         report = self._report(epoch, plan, scores.values, size)
         self._carry_out(plan)
         self._size = size
+        if metric is not None:
+            self._best_metric = max(self._best_metric, metric[0])
         return replace(report, metric=metric, note=note, left_out=scores.left_out)
 
     def _bearable(
@@ -227,6 +232,7 @@ class ActivationPruner:
         """The largest fraction that the guard bears, the plan of it, and the metric before and after."""
         measure, tolerance = guard
         start = _mean_over_processes(measure(self.model))
+        least = max(start, self._best_metric) - tolerance  # nan if it starts so
         best = (self._gone(self._size, UNCUT), self.graph.plan({}), (start, start))
         asked, too_much = fraction, fraction
         for _ in range(1 + _SMALLER_CUTS):
@@ -234,7 +240,7 @@ class ActivationPruner:
             plan = self._plan(asked, scores)
             self._carry_out(plan)
             end = _mean_over_processes(measure(self.model))
-            if start - end <= tolerance:  # not so for nan
+            if end >= least:  # not so for nan
                 best = (asked, plan, (start, end))
                 if asked == fraction:
                     break
@@ -404,7 +410,12 @@ class ActivationPruner:
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the units that are left, and the statistics; arguments and weights are not in it."""
         units = {name: group.original for name, group in self.graph.groups.items()}
-        return {"epoch": self.epoch, "units": units, "statistics": self.statistics.state_dict()}
+        return {
+            "epoch": self.epoch,
+            "units": units,
+            "best_metric": self._best_metric,
+            "statistics": self.statistics.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resumes: gives a newly built model the shape that the saved one had.
@@ -437,7 +448,7 @@ class ActivationPruner:
                 ) from error
             self.statistics.load_state_dict(state_dict["statistics"])
             self._size = self._size_with(UNCUT)
-            self.epoch = epoch
+            self.epoch, self._best_metric = epoch, float(state_dict["best_metric"])
             self._attach_if_due()
 
 
@@ -467,7 +478,7 @@ class _Snapshot:
         self._restore_graph = pruner.graph.snapshot()
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.batches))
-        self._size, self._epoch = pruner._size, pruner.epoch
+        self._own = {name: vars(pruner)[name] for name in ("_size", "_best_metric", "epoch")}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -491,12 +502,12 @@ class _Snapshot:
         self._restore_graph()
         statistics = self._pruner.statistics
         statistics.groups, statistics.batches = deepcopy(self._statistics)
-        self._pruner._size, self._pruner.epoch = self._size, self._epoch
+        vars(self._pruner).update(self._own)
 
 
 def _checked(state: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
     """The epoch and the units of a state dict, on the CPU, like those of the graph, wherever it was loaded to."""
-    if missing := {"epoch", "units", "statistics"} - state.keys():
+    if missing := {"epoch", "units", "best_metric", "statistics"} - state.keys():
         raise ValueError(f"the state has no {sorted(missing)}: hand in what ActivationPruner.state_dict() gave")
     epoch, units = state["epoch"], state["units"]
     if type(epoch) is not int or not 0 <= epoch < _MOST_EPOCHS:

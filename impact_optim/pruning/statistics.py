@@ -220,29 +220,14 @@ class UnitStatistics:
         rank: number of the data-parallel process; each has its own signs.
     """
 
-    counts: Tensor  # int32 [units, bins]
-    exponent: Tensor  # int64 [units]
-    projections: Tensor  # float64 [projections, units]
-    signs: Tensor  # int32 [projections, units]
-    total: Tensor  # float64 [units]
-    energy: Tensor  # float64 [units]
-    seen: Tensor  # int64 [units], and so are those below
-    nonfinite: Tensor
-    positive: Tensor
-    positions: Tensor
-
-    _UNIT_DIM: ClassVar = {
-        "counts": 0,
-        "exponent": 0,
-        "projections": 1,
-        "signs": 1,
-        "total": 0,
-        "energy": 0,
-        "seen": 0,
-        "nonfinite": 0,
-        "positive": 0,
-        "positions": 0,
-    }
+    _FIELDS: ClassVar = (
+        "counts",  # int32 [units, bins]
+        "exponent",  # int64 [units]
+        "projections",  # float64 [projections, units]
+        "signs",  # int32 [projections, units]
+        *("total", "energy"),  # float64 [units]
+        *("seen", "nonfinite", "positive", "positions"),  # int64 [units]
+    )
 
     def __init__(self, size: int, *, seed: int = 0, rank: int = 0) -> None:
         self.seed, self.rank, self.samples = seed, rank, 0
@@ -251,8 +236,7 @@ class UnitStatistics:
         self.projections = torch.zeros(_PROJECTIONS, size, dtype=torch.float64)
         self.signs = torch.zeros(_PROJECTIONS, size, dtype=torch.int32)
         self.total, self.energy = torch.zeros(2, size, dtype=torch.float64)
-        for name in ("seen", "nonfinite", "positive", "positions"):
-            setattr(self, name, torch.zeros(size, dtype=torch.int64))
+        self.seen, self.nonfinite, self.positive, self.positions = torch.zeros(4, size, dtype=torch.int64)
 
     @property
     def size(self) -> int:
@@ -392,7 +376,7 @@ class UnitStatistics:
     # What happens to them.
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._UNIT_DIM}
+        return {name: getattr(self, name) for name in self._FIELDS}
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> UnitStatistics:
@@ -412,8 +396,8 @@ class UnitStatistics:
 
     def keep(self, kept: Tensor) -> None:
         """After a cut: keeps the statistics of these units, int64 positions in their new order."""
-        for name, dim in self._UNIT_DIM.items():
-            own = getattr(self, name)
+        for name, own in self._tensors().items():
+            dim = 1 if name in ("projections", "signs") else 0
             setattr(self, name, own.index_select(dim, kept.to(own.device)))
 
     def reset(self) -> None:
