@@ -241,6 +241,12 @@ def test_macs_are_met_as_nearly_as_whole_units_allow(fraction):
     assert abs(pruner.step().macs[1] - wanted) <= max(min(abs(m - wanted) for m in possible), 0.002 * before)
 
 
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_macs_count_recurrent_layers(kind, gates):
+    x = torch.randn(2, 7, 6)
+    assert model_size(kind(6, 5, batch_first=True), ((x,), {})).macs[""] == 2 * 7 * gates * 5 * (6 + 5)
+
+
 def test_macs_count_what_is_ignored():
     model = network()
     original = model_size(model, ((X[:1],), {}))

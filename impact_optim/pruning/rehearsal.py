@@ -165,9 +165,17 @@ def _returning(calls: list[tuple[Any, list[torch.device], int]]) -> Callable[...
 def counted_macs(model: nn.Module) -> Iterator[dict[str, int]]:
     """Yields a dict that has, at the end, the multiply-accumulates of what a model has run, by module."""
     macs: dict[str, int] = {}
-    # Attention as matrix products: the counter does not know every kernel of it, none of those for a CPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield macs
+    # Attention and recurrent layers as matrix products: the counter does not know all of their own kernels.
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield macs
+    finally:
+        for backend, was in zip(backends, enabled, strict=True):
+            backend.enabled = was
     flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     root = type(model).__name__
     for name, _ in model.named_modules():
