@@ -236,7 +236,7 @@ def test_macs_are_met_as_nearly_as_whole_units_allow(fraction):
     wanted = (1 - fraction) * before
     scores, possible = pruner._scores(), []
     for k in range(units(pruner)):
-        plan = pruner._lowest(k / units(pruner), scores)
+        plan = pruner.budget.lowest(k / units(pruner), scores)
         possible.append(model_size(model, ((X[:1],), {}), plan).macs[""])
     assert abs(pruner.step().macs[1] - wanted) <= max(min(abs(m - wanted) for m in possible), 0.002 * before)
 
@@ -617,7 +617,7 @@ def fail_after(function):
 
 
 @pytest.mark.parametrize("build", [slow(adam), impact])
-@pytest.mark.parametrize("place", ["cut", "repair", "model_size", "keep", "reset", "criterion"])
+@pytest.mark.parametrize("place", ["cut", "repair", "size_with", "keep", "reset", "criterion"])
 @pytest.mark.parametrize("when", [fail, fail_after])
 def test_a_failure_anywhere_leaves_everything(build, place, when, monkeypatch):
     pruner = trained(build)
@@ -626,6 +626,8 @@ def test_a_failure_anywhere_leaves_everything(build, place, when, monkeypatch):
         owner, name = pruner_module, place
         if place in ("keep", "reset"):
             owner = pruner.statistics
+        elif place == "size_with":
+            owner = pruner.budget
         elif place == "criterion":
             owner, name = pruner, "_scores"
         patch.setattr(owner, name, fail if when is fail else fail_after(getattr(owner, name)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..impact import impact_of
-from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
-from .graph import UnitGroup
+from .budget import Budget, Scores
+from .criteria import CRITERIA, SPLITS, Context, Criterion
 from .plan import UNCUT, Plan
 from .repair import Optimizers, drawn_masks, impacts_around, repair, replace_state, with_state
-from .report import LayerReport, ModelSize, PruneReport, model_size
-from .statistics import ActivationStatistics, UnitStatistics
+from .report import PruneReport, planned
+from .statistics import ActivationStatistics
 from .surgery import cut
 from .tracing import trace
 
@@ -31,9 +31,7 @@ Guard = tuple[Callable[[nn.Module], float], float]
 
 _WITHOUT_ACTIVATIONS = ("l1", "importance", "random")
 _SMALLER_CUTS = 4  # that are tried where the guard cannot bear one: the largest bearable is found to a sixteenth
-_SHORTFALL = 0.01  # of the units or MACs, from which on a report speaks of it
 _MOST_EPOCHS = 10**9
-_MACS_TRIES, _MACS_TOLERANCE = 12, 0.002  # of the MACs of the whole network
 
 
 def ramp(final: float, *, start: int, end: int, frequency: int = 1, shape: str = "cubic") -> dict[int, float]:
@@ -139,14 +137,13 @@ class ActivationPruner:
         _check_none_is_forgotten(self.optimizers, model)
         self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
         repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
-        self.target, self.split, self.guard, self.seed = target, split, guard, seed
-        self.round_to, self.max_ratio = round_to, max_ratio
+        self.guard, self.seed = guard, seed
         self.epoch = 0
         """Epochs that have ended."""
         self.graph = trace(model, example_inputs, ignore=ignore)
+        reads = criterion not in _WITHOUT_ACTIVATIONS or split == "rademacher"
+        self.budget = Budget(model, self.graph, target, split, round_to, max_ratio, reads)
         self.statistics = ActivationStatistics(model, self.graph, every=every, seed=seed)
-        self._size = self._size_with(UNCUT)
-        self._original_macs = self._size.macs[""]
         self._best_metric = -math.inf
         self._attach_if_due()
 
@@ -173,7 +170,7 @@ class ActivationPruner:
             if epoch in self.schedule:
                 report = self._cut_to(self.schedule[epoch], epoch, before)
             else:
-                report = self._report(epoch, UNCUT, {}, self._size)
+                report = planned(self.graph, self.graph.plan({}), self.budget.size, self.budget.size, epoch)
             self.epoch = epoch
             self.statistics.reset()
             self._attach_if_due()
@@ -193,51 +190,49 @@ class ActivationPruner:
         """
         _check_schedule({1: fraction})
         scores = self._scores()
-        plan = self._plan(fraction, scores)
-        return replace(self._report(self.epoch, plan, scores.values, self._size_with(plan)), note="dry run")
+        plan = self.budget.plan(fraction, scores)
+        before, after = self.budget.size, self.budget.size_with(plan)
+        return replace(planned(self.graph, plan, before, after, self.epoch, scores.values), note="dry run")
 
     def _attach_if_due(self) -> None:
-        if self.epoch + 1 in self.schedule and self._reads_activations():
+        if self.epoch + 1 in self.schedule and self.budget.reads_activations:
             self.statistics.attach()
             if self.epoch > 0:
                 torch.compiler.reset()  # what is compiled already does not look for new hooks
-
-    def _reads_activations(self) -> bool:
-        return self.criterion not in _WITHOUT_ACTIVATIONS or self.split == "rademacher"
 
     # ------------------------------------------------------------------------------- a cut
 
     def _cut_to(self, fraction: float, epoch: int, before: _Snapshot) -> PruneReport:
         """Cuts until a fraction of what there was is gone, or as much of it as the guard bears."""
-        scores, gone = self._scores(), self._gone(self._size, UNCUT)
-        plan, metric, note = self._plan(fraction, scores), None, ""
-        if fraction <= gone:
-            note = f"{gone:.3g} of the {self.target} are gone already"
+        budget, scores = self.budget, self._scores()
+        plan, metric, note = budget.plan(fraction, scores), None, ""
+        if fraction <= (gone := budget.gone()):
+            note = f"{gone:.3g} of the {budget.target} are gone already"
         elif self.guard is not None:
             borne, plan, metric = self._bearable(fraction, scores, self.guard, before)
             if borne < fraction:
-                note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
-        size = self._size_with(plan)
-        note = note or self._shortfall(fraction, plan, scores, size)
-        report = self._report(epoch, plan, scores.values, size)
+                note = f"the guard bears {borne:.3g} of the {budget.target}, not {fraction:.3g}"
+        size = budget.size_with(plan)
+        note = note or budget.shortfall(fraction, plan, scores, size)
+        report = planned(self.graph, plan, budget.size, size, epoch, scores.values)
         self._carry_out(plan)
-        self._size = size
+        budget.size = size
         if metric is not None:
             self._best_metric = max(self._best_metric, metric[0])
         return replace(report, metric=metric, note=note, left_out=scores.left_out)
 
     def _bearable(
-        self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
+        self, fraction: float, scores: Scores, guard: Guard, before: _Snapshot
     ) -> tuple[float, Plan, tuple[float, float]]:
         """The largest fraction that the guard bears, the plan of it, and the metric before and after."""
         measure, tolerance = guard
         start = _mean_over_processes(measure(self.model))
         least = max(start, self._best_metric) - tolerance  # nan if it starts so
-        best = (self._gone(self._size, UNCUT), self.graph.plan({}), (start, start))
+        best = (self.budget.gone(), self.graph.plan({}), (start, start))
         asked, too_much = fraction, fraction
         for _ in range(1 + _SMALLER_CUTS):
             before.restore()
-            plan = self._plan(asked, scores)
+            plan = self.budget.plan(asked, scores)
             self._carry_out(plan)
             end = _mean_over_processes(measure(self.model))
             if end >= least:  # not so for nan
@@ -250,23 +245,24 @@ class ActivationPruner:
         before.restore()
         return best
 
-    def _scores(self) -> _Scores:
+    def _scores(self) -> Scores:
         context = Context(
             parameters=dict(self.model.named_parameters()),
-            statistics=self.statistics.all_reduce() if self._reads_activations() else {},
+            statistics=self.statistics.all_reduce() if self.budget.reads_activations else {},
             importances=self._importances(),
             seed=self.seed,
         )
         criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
         values, left_out = {}, dict.fromkeys(self.graph.groups, "no module shows the activations of its units")
-        for name, group in self._groups().items():
+        groups = self.budget.groups()
+        for name, group in groups.items():
             try:
                 values[name] = criterion(group, context).detach().cpu()
                 del left_out[name]
             except ValueError as error:  # of a layer that was skipped in what was observed, or is not trained
                 left_out[name] = str(error)
-        if self._groups() and not values:
-            raise ValueError(next(left_out[name] for name in self._groups()))
+        if groups and not values:
+            raise ValueError(next(left_out[name] for name in groups))
         for name, value in values.items():
             if value.shape != (size := self.graph.groups[name].size,):
                 raise ValueError(
@@ -274,7 +270,7 @@ class ActivationPruner:
                     "must give one to each"
                 )
         values, left_out = _of_first_process((values, left_out))
-        return _Scores(values, context.statistics, left_out)
+        return Scores(values, context.statistics, left_out)
 
     def _importances(self) -> dict[str, Tensor]:
         """Of the weights of optimizers that keep importances."""
@@ -288,107 +284,11 @@ class ActivationPruner:
             if param in names
         }
 
-    def _groups(self) -> dict[str, UnitGroup]:
-        """What can be scored and cut: groups whose activations no module shows stay, if the criterion reads those."""
-        reads = self._reads_activations()
-        return {name: group for name, group in self.graph.groups.items() if group.observations or not reads}
-
-    def _size_with(self, plan: Plan) -> ModelSize:
-        return model_size(self.model, self.graph.rehearsal, plan)
-
-    def _gone(self, size: ModelSize, plan: Plan) -> float:
-        """The fraction of what there was that is gone once a plan has been carried out, which leaves this size."""
-        if self.target == "macs":
-            return 1 - size.macs[""] / self._original_macs
-        groups = self._groups()
-        left = sum(len(plan.left.get(name, group.original)) for name, group in groups.items())
-        return 1 - left / all_units if (all_units := sum(group.original_size for group in groups.values())) else 0.0
-
-    def _shortfall(self, fraction: float, plan: Plan, scores: _Scores, size: ModelSize) -> str:
-        """Why nothing, or notably less than a fraction of what there was, is gone after a cut."""
-        if not scores.values:
-            where = "report.left_out" if self.graph.groups else "pruner.graph.frozen"
-            return f"no group of units can be cut: see {where}"
-        gone = self._gone(size, plan)
-        if plan.left and gone >= fraction - _SHORTFALL:
-            return ""
-        return (
-            f"{gone:.3g} of the {self.target} can go, not {fraction:.3g}: what can be cut is too little, or too wide "
-            f"apart with round_to={self.round_to} and max_ratio={self.max_ratio}"
-        )
-
-    def _plan(self, fraction: float, scores: _Scores) -> Plan:
-        """What to remove so that a fraction of what there was is gone."""
-        gone = self._gone(self._size, UNCUT)
-        if fraction <= gone or not scores.values:
-            return self.graph.plan({})
-        if self.target == "units":
-            groups = self._groups()
-            # What has no score stays, and the others go instead.
-            scored = sum(groups[name].size for name in scores.values) / sum(group.size for group in groups.values())
-            return self._lowest(min((fraction - gone) / (1 - gone) / scored, 1.0), scores)
-
-        # MACs go about with the square of the widths, and widths with the fraction of units: a straight line between
-        # two roots of MACs meets the wanted one after few trials.
-        wanted = (1 - fraction) * self._original_macs
-        low, high = (0.0, self._size.macs[""] ** 0.5), (1.0, 0.0)
-        best = (math.inf, UNCUT)
-        for i in range(_MACS_TRIES):
-            asked = low[0] + (high[0] - low[0]) * (low[1] - wanted**0.5) / (low[1] - high[1])
-            if i % 2:  # a line alone may creep up on it from one side
-                asked = (low[0] + high[0]) / 2
-            plan = self._lowest(asked, scores)
-            macs = self.graph.rehearsal.macs(self.model, plan)[""]
-            best = min(best, (abs(macs - wanted), plan), key=lambda pair: pair[0])
-            if best[0] <= _MACS_TOLERANCE * self._original_macs:
-                break
-            if macs > wanted:
-                low = (asked, macs**0.5)
-            else:
-                high = (asked, macs**0.5)
-        return best[1]
-
-    def _lowest(self, fraction: float, scores: _Scores) -> Plan:
-        """What to remove so that a fraction of the units that there are is gone."""
-        groups = {name: self.graph.groups[name] for name in scores.values}
-        least = {name: math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9) for name, group in groups.items()}
-        return self.graph.plan(
-            units_to_remove(
-                scores.values,
-                fraction,
-                split=self.split,
-                statistics=scores.statistics,
-                round_to={name: units_per_step(group, self.round_to) for name, group in groups.items()},
-                min_units={name: max(1, units) for name, units in least.items()},
-            )
-        )
-
     def _carry_out(self, plan: Plan) -> None:
         """Cuts everything that knows of the units. Where it raises, part of it may have been cut."""
         records = cut(self.model, self.graph, plan)
         repair(records, self.model, optimizers=self.optimizers, averaged=self.averaged)
         self.statistics.keep(plan)
-
-    def _report(self, epoch: int, plan: Plan, scores: Mapping[str, Tensor], after: ModelSize) -> PruneReport:
-        """What a plan does, before it is carried out."""
-        before = self._size
-        layers = [
-            LayerReport(
-                name,
-                (group.original_size, group.size, len(plan.left.get(name, group.original))),
-                (scores[name].min().item(), scores[name].max().item()) if name in scores else None,
-                (before.macs.get(name, 0), after.macs.get(name, 0)),
-                (before.parameters.get(name, 0), after.parameters.get(name, 0)),
-            )
-            for name, group in self.graph.groups.items()
-        ]
-        return PruneReport(
-            epoch,
-            layers,
-            (before.macs[""], after.macs[""]),
-            (before.parameters[""], after.parameters[""]),
-            plan.records,
-        )
 
     @contextmanager
     def _all_or_nothing(self) -> Generator[_Snapshot, None, None]:
@@ -447,16 +347,9 @@ class ActivationPruner:
                     f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
                 ) from error
             self.statistics.load_state_dict(state_dict["statistics"])
-            self._size = self._size_with(UNCUT)
+            self.budget.size = self.budget.size_with(UNCUT)
             self.epoch, self._best_metric = epoch, float(state_dict["best_metric"])
             self._attach_if_due()
-
-
-class _Scores(NamedTuple):
-    values: Mapping[str, Tensor]
-    statistics: Mapping[str, Sequence[UnitStatistics]]
-    left_out: dict[str, str]
-    """Groups that have none -> why."""
 
 
 class _Snapshot:
@@ -478,7 +371,8 @@ class _Snapshot:
         self._restore_graph = pruner.graph.snapshot()
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.batches))
-        self._own = {name: vars(pruner)[name] for name in ("_size", "_best_metric", "epoch")}
+        self._own = {name: vars(pruner)[name] for name in ("_best_metric", "epoch")}
+        self._size = pruner.budget.size
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -503,6 +397,7 @@ class _Snapshot:
         statistics = self._pruner.statistics
         statistics.groups, statistics.batches = deepcopy(self._statistics)
         vars(self._pruner).update(self._own)
+        self._pruner.budget.size = self._size
 
 
 def _checked(state: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:

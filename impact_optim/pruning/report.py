@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .graph import UnitGraph
 from .plan import UNCUT, Plan, PruneRecord
 from .rehearsal import Inputs, Rehearsal
 
@@ -70,6 +72,30 @@ class PruneReport:
             lines.append(f"metric {self.metric[0]:.6g} → {self.metric[1]:.6g}")
         lines += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
+
+
+def planned(
+    graph: UnitGraph,
+    plan: Plan,
+    before: ModelSize,
+    after: ModelSize,
+    epoch: int,
+    scores: Mapping[str, Tensor] | None = None,
+) -> PruneReport:
+    """What a plan does, before it is carried out."""
+    scores = scores or {}
+    layers = [
+        LayerReport(
+            name,
+            (group.original_size, group.size, len(plan.left.get(name, group.original))),
+            (scores[name].min().item(), scores[name].max().item()) if name in scores else None,
+            (before.macs.get(name, 0), after.macs.get(name, 0)),
+            (before.parameters.get(name, 0), after.parameters.get(name, 0)),
+        )
+        for name, group in graph.groups.items()
+    ]
+    totals = (before.macs[""], after.macs[""]), (before.parameters[""], after.parameters[""])
+    return PruneReport(epoch, layers, *totals, plan.records)
 
 
 def _change(before: int, after: int) -> str:
