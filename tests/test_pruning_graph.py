@@ -6,6 +6,7 @@ import copy
 import doctest
 import functools
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -704,7 +705,7 @@ def attention_arguments(how: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[s
     """Of a forward pass of attention with 12 wide inputs and 3 heads."""
     x, y = (torch.randn(2, n, 12, dtype=torch.float64) for n in (5, 4))
     if how == "masks":
-        padding = torch.tensor([[False, False, False, True], [False, True, True, True]])
+        padding = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1]]).double().masked_fill(torch.eye(4)[:2] == 1, -torch.inf)
         return (x, y, y), {"key_padding_mask": padding, "attn_mask": torch.randn(5, 4, dtype=torch.float64)}
     if how == "causal":
         mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
@@ -800,16 +801,17 @@ def test_states_that_are_handed_in_keep_the_hidden_units() -> None:
 class Deformable(nn.Module):
     """Attention that looks at few places, as in Deformable DETR: each head samples an image where a token says."""
 
-    def __init__(self, heads: int = 3, width: int = 4, points: int = 2) -> None:
+    def __init__(self, computed: bool, heads: int = 3, width: int = 4, points: int = 2) -> None:
         super().__init__()
-        self.n_heads, self.n_points, self.head_dim = heads, points, width
+        self.n_heads, self.n_points, self.d_model, self.computed = heads, points, heads * width, computed
         self.value, self.out = nn.Linear(12, heads * width), nn.Linear(heads * width, 12)
         self.offsets, self.weights = nn.Linear(12, heads * points * 2), nn.Linear(12, heads * points)
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
         batch, length, _ = x.shape
         height, width = image.shape[1:3]
-        value = self.value(image).view(batch, height * width, self.n_heads, -1)
+        each = self.d_model // self.n_heads if self.computed else -1
+        value = self.value(image).view(batch, height * width, self.n_heads, each)
         value = value.flatten(2).transpose(1, 2).reshape(batch * self.n_heads, -1, height, width)
         places = self.offsets(x).view(batch, length, self.n_heads, self.n_points, 2).sigmoid() * 2 - 1
         places = places.transpose(1, 2).flatten(0, 1)
@@ -820,11 +822,13 @@ class Deformable(nn.Module):
         return self.out(seen.transpose(1, 2))
 
 
-def test_heads_of_deformable_attention_are_units() -> None:
+@pytest.mark.parametrize("computed", [False, True])
+def test_heads_of_deformable_attention_are_units(computed: bool) -> None:
     inputs = (*tokens(), torch.randn(2, 4, 5, 12, dtype=torch.float64))
-    model = Deformable()
+    model = Deformable(computed)
     check(Case(model, inputs, {"value": 3}, {"out": (-1, of("value", 3, 4))}))
     assert model.n_heads < 3
+    assert model.d_model == (4 * model.n_heads if computed else 12)
 
 
 class Diffusion(nn.Module):
@@ -1094,6 +1098,16 @@ def test_the_table_names_groups_and_reasons() -> None:
     )
     assert "2      6 neurons  2        3" in text
     assert "not cut: 0: aten::layer_norm in 1 mixes the units" in text
+    block = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 2, 1))
+    attention = Run(lambda m, x: m.attend(x), attend=Attention("fused", 4, 4))
+    for model, inputs, line in (
+        (nn.Sequential(block), image(), r"0\.0 +4 groups of 2 channels +\.0, \.1 +\.2"),
+        (attention, tokens(), r"attend\.qkv +4 heads of 4 +\.qkv +\.proj"),
+    ):
+        graph = trace(randomised(model), inputs)
+        assert re.search(line, str(graph)), str(graph)
+    cut(attention, graph, {"attend.qkv": [1]})
+    assert "3 of 4 heads of 4" in str(graph)
 
 
 def test_observations_show_the_units_of_a_group() -> None:

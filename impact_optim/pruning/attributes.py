@@ -19,7 +19,7 @@ Works = Callable[[dict[SizeKey, Tensor], list[str]], bool]
 """Whether a model does what it did, if attributes count the units of labels, and units of some groups are cut."""
 
 _TELLING = {"heads", "nhead", "channels", "chans", "features", "planes", "filters", "units"}
-_VAGUE = {"head", "dim", "dims", "size", "width", "hidden", "inner", "c", "ch", "nf"}
+_VAGUE = {"head", "dim", "dims", "size", "width", "hidden", "inner", "model", "c", "ch", "nf"}
 _OTHER = {"kernel", "stride", "group", "groups"}
 _OF_LAYERS = ("groups", "num_groups", "num_parameters")
 

@@ -84,7 +84,7 @@ class LabelledAxis(NamedTuple):
 
 @dataclass
 class UnitGraph:
-    """The groups of a model, and what cannot be cut. Prints as a table.
+    """The groups of a model, and what cannot be cut. Prints as a table: ``.conv2`` is beside the group's own layer.
 
     Labels number the units over all groups. They stay with a unit whatever else is cut, where a position in a group
     does not.
@@ -221,13 +221,16 @@ class UnitGraph:
     def __str__(self) -> str:
         rows = [("group", "units", "made by", "read by")]
         for group in self.groups.values():
-            rows.append((group.name, str(group), _layers(group.producers), _layers(group.consumers)))
+            module = group.name.rpartition(".")[0]
+            made, read = _layers(group.producers, module), _layers(group.consumers, module)
+            rows.append((group.name, str(group), made, read))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(lines + [f"not cut: {name}: {reason}" for name, reason in self.frozen.items()])
 
 
-def _layers(axes: Iterable[Axis], most: int = 4) -> str:
-    """The layers that have axes."""
+def _layers(axes: Iterable[Axis], module: str, most: int = 4) -> str:
+    """The layers that have axes, those inside of a module as ``.name``."""
     names = list(dict.fromkeys(axis.name.rpartition(".")[0] or axis.name for axis in axes))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = [name.removeprefix(module) if name.startswith(f"{module}.") else name for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
