@@ -752,6 +752,22 @@ def test_heads_of_open_multihead_attention_are_cut(norm_first: bool) -> None:
     assert model.self_attn.out_proj.in_features == left * 4
 
 
+def test_a_whole_transformer_is_cut_and_evaluates_with_padding() -> None:
+    model = open_heads(nn.Transformer(12, 4, 1, 1, 16, batch_first=True))
+    inputs = (*tokens(), torch.randn(2, 4, 12, dtype=torch.float64))
+    heads = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"]
+    groups = {f"{name}.in_proj_weight": 4 for name in heads}
+    groups |= {f"{name}.layers.0.linear1": 16 for name in ("encoder", "decoder")}
+    check(Case(model, inputs, groups, {}))
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    masked = model.eval()(*inputs, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    with torch.no_grad():  # where torch's own layers would take a kernel of their own
+        again = model(*inputs, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    torch.testing.assert_close(again, masked)
+    inputs[0][1, 3:] = 7.0
+    torch.testing.assert_close(model(*inputs, src_key_padding_mask=padding, memory_key_padding_mask=padding), masked)
+
+
 def test_attention_with_more_keys_than_its_input_has_stays_as_it_is() -> None:
     kept = nn.Sequential(
         nn.MultiheadAttention(12, 3, add_bias_kv=True), nn.MultiheadAttention(12, 3, add_zero_attn=True)

@@ -18,8 +18,10 @@ def open_heads(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
             module.__class__ = OpenMultiheadAttention
-            # Without it nn.TransformerEncoderLayer evaluates in a kernel of its own, which knows one width only.
+            # Else nn.TransformerEncoderLayer evaluates in a kernel of its own, which knows one width only.
             module._qkv_same_embed_dim = False
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which only that kernel takes
     return model
 
 
