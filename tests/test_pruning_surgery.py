@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from masked_networks import deafened, difference, draw, randomised, run, silenced, tensors
 from torch import Tensor, nn
 
-from impact_optim.pruning import UnitGraph, cut, surgery, trace
+from impact_optim.pruning import UnitGraph, cut, open_heads, surgery, trace
 
 # -- random architectures: every block takes and gives [batch, channels, 4, 4], and keeps zeros zero --
 
@@ -126,7 +126,33 @@ class Folded(nn.Module):
         return F.pixel_unshuffle(F.leaky_relu(self.mix(F.pixel_shuffle(self.lift(x), 2))), 2)
 
 
-BLOCKS = [Residual, Dense, Gated, Grouped, Separable, Shuffled, Attention, Squeezed, Folded]
+class Recurrent(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(channels, width, num_layers=2, bidirectional=True, batch_first=True)
+        self.read = nn.Linear(2 * width, channels)
+        self.out = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.rnn(x.flatten(2).transpose(1, 2))[0]).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Multihead(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.lift, self.attend = nn.Linear(channels, 3 * width), open_heads(nn.MultiheadAttention(3 * width, width))
+        self.read = nn.Linear(3 * width, channels)
+        self.out = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.lift(x.flatten(2).permute(2, 0, 1))
+        y, _ = self.attend(tokens, tokens, tokens, need_weights=False)
+        return x + self.read(y).permute(1, 2, 0).reshape(x.shape)
+
+
+BLOCKS = [
+    Residual, Dense, Gated, Grouped, Separable, Shuffled, Attention, Squeezed, Folded, Recurrent, Multihead
+]  # fmt: skip
 
 
 @st.composite
