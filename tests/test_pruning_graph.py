@@ -426,6 +426,17 @@ def sizes_that_are_properties() -> Case:
     return Case(model, tokens(), {"0": 6}, {"2": (-1, of("0", 6))})
 
 
+@case
+def largest_of_all_tokens() -> Case:
+    """What goes along a dimension of tokens leaves the units alone."""
+    model = Run(
+        lambda m, x: m.b(m.a(x).topk(3, dim=1).values.sort(dim=1).values.flatten(1)),
+        a=nn.Linear(12, 6),
+        b=nn.Linear(18, 2),
+    )
+    return Case(model, tokens(), {"a": 6}, {"b": (-1, [("a", unit) for _ in range(3) for unit in range(6)])})
+
+
 # -- attention: a head is a unit --
 
 
@@ -681,6 +692,11 @@ def test_what_cannot_be_cut_is_named(how: str, why: str) -> None:
     graph = trace(Fixed(how).double(), tokens())
     assert not graph.groups
     assert why in graph.frozen["a"]
+
+
+def test_groups_of_a_convolution_of_the_image_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    check(Case(model, image(4), {"2": 6}, {"4": (1, of("2", 6))}))
 
 
 def test_units_that_stay_are_not_taken_for_one_another() -> None:

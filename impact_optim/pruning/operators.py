@@ -133,20 +133,6 @@ def _indexed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     return Value(_shape(node), run.tidy(torch.ops.aten.index.Tensor(labels, probe) for labels in value.labels))
 
 
-def _gathered(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    """One index for each element of the result."""
-    index = bound["index"] if "index" in bound else bound["indices"]
-    run.freeze(index, f"{run.where()} uses them as an index")
-    value, shape = run.mix(bound["self"], [bound["dim"]], "picks them by number"), _shape(node)
-    kept = []
-    for labels in value.labels:
-        if all(labels.size(dim) == shape[dim] for dim in varied(labels)):
-            kept.append(stretched(labels, shape))
-        else:
-            run.freeze(labels, f"{run.where()} picks them by number")
-    return run.combine(shape, [Value(shape, kept), index])
-
-
 def _reduced(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     if is_value(bound.get("other")):  # torch.max and torch.min of two tensors
         return _elementwise(run, bound, node)
@@ -561,7 +547,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["pad", "constant_pad_nd"], _padded),
     **dict.fromkeys([f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], _padded),
     **dict.fromkeys(["index", "index_select"], _indexed),
-    **dict.fromkeys(["gather", "take_along_dim"], _gathered),
     **dict.fromkeys(REDUCED, _reduced),
     **dict.fromkeys(MIXED, _mixed),
     **dict.fromkeys(["topk", "sort"], _chosen),
