@@ -758,6 +758,18 @@ def test_open_attention_is_that_of_torch(how: str, options: dict[str, Any]) -> N
             torch.testing.assert_close(other, one)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_open_attention_drops_out_as_torch_does_and_needs_the_mask_it_is_told_of(need_weights: bool) -> None:
+    model = randomised(nn.MultiheadAttention(12, 3, dropout=1.0, batch_first=True))
+    opened, (x,) = open_heads(copy.deepcopy(model)), tokens()
+    assert not torch.equal(opened(x, x, x, need_weights=need_weights)[0], model.out_proj.bias.expand_as(x))
+    dropped = opened.train()(x, x, x, need_weights=need_weights)[0]
+    assert torch.equal(dropped, model.out_proj.bias.expand_as(x))
+    assert torch.equal(dropped, model.train()(x, x, x, need_weights=need_weights)[0])
+    with pytest.raises(ValueError, match="hand in the mask"):
+        opened(x, x, x, is_causal=True)
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_heads_of_open_multihead_attention_are_cut(norm_first: bool) -> None:
     model = open_heads(nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, norm_first=norm_first))
