@@ -167,6 +167,30 @@ def test_open_heads_are_kept_and_asked_for(tmp_path):
         load_pruned(build(), tmp_path)
 
 
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(5, 8, num_layers=2, bidirectional=True, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+def test_recurrent_layers_are_kept_and_train_on(tmp_path):
+    x, model = torch.randn(2, 4, 5), Reader()
+    graph = trace(model, x)
+    cut(model, graph, {"rnn.weight_ih_l0": [0, 3, 4]})
+    save_pruned(model, tmp_path)
+    loaded = load_pruned(Reader(), tmp_path)
+    assert loaded.rnn.hidden_size == 5
+    assert torch.equal(loaded(x), model(x))
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    loaded(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(loaded(x), model(x))
+    assert copy.deepcopy(loaded)(x).equal(loaded(x))
+
+
 def test_a_loaded_network_can_be_saved_again(tmp_path):
     save_pruned(pruned_convolutional(), tmp_path / "a")
     save_pruned(load_pruned(fresh("convolutional"), tmp_path / "a"), tmp_path / "b")
