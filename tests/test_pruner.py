@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 import impact_optim.pruning.pruner as pruner_module
 from impact_optim import Impact, ImpactAdamW, ImpactSGD
 from impact_optim.impact import impact_of
+from impact_optim.pruning import open_heads
 from impact_optim.pruning.architecture import load_pruned, save_pruned
 from impact_optim.pruning.pruner import ActivationPruner, ramp
 from impact_optim.pruning.report import model_size
@@ -245,6 +246,15 @@ def test_macs_are_met_as_nearly_as_whole_units_allow(fraction):
 def test_macs_count_recurrent_layers(kind, gates):
     x = torch.randn(2, 7, 6)
     assert model_size(kind(6, 5, batch_first=True), ((x,), {})).macs[""] == 2 * 7 * gates * 5 * (6 + 5)
+
+
+def test_a_report_counts_what_every_kind_of_layer_has():
+    layer = open_heads(nn.TransformerEncoderLayer(12, 3, 16, batch_first=True))
+    report = ActivationPruner(layer, torch.randn(2, 5, 12), {1: 0.5}, criterion="random", round_to=1).step()
+    assert [row.name for row in report.layers] == ["self_attn", "linear1"]
+    for row in report.layers:
+        assert row.macs[0] > row.macs[1] > 0
+        assert row.parameters[0] > row.parameters[1] > 0
 
 
 def test_macs_count_what_is_ignored():

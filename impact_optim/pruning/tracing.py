@@ -190,7 +190,7 @@ def _layer(model: nn.Module, name: str) -> str:
     if last:
         base = f"{base}.{last.split('.')[0]}"
     module, _, attribute = base.rpartition(".")
-    return module if attribute == "weight" and module else base
+    return module if "weight" in attribute.split("_") and module else base
 
 
 def _kind(model: nn.Module, parameter: str, width: int) -> str:
