@@ -1,9 +1,12 @@
 # Two commands: `make demo` and `make test`. Both set up everything they need in .venv first.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
-.PHONY: demo test test-slow lint clean
+# The edit loop: what covers most in least time.
+QUICK := test_simplex test_masking test_drop_rate test_sampling test_reference test_plots test_limits
+
+.PHONY: demo test test-quick test-slow lint docs figures clean
 
 # Learning rates are those that the study (benchmarks/study) found on a validation split.
 demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones: 3 seeds, under 3 minutes; runs/demo*
@@ -18,6 +21,10 @@ demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones:
 test: lint  ## linter, type checker and tests
 	$(BIN)/python -m pytest -q -n auto --dist worksteal $(PYTEST_ARGS)
 
+test-quick: $(VENV)/ready  ## a part of them for the edit loop, under a minute; CONTRIBUTING.md says what else to run when
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -n auto $(QUICK:%=tests/%.py) $(PYTEST_ARGS)
+
 test-slow: lint  ## the same with the long sweeps
 	$(BIN)/python -m pytest -q --slow -n auto --dist worksteal $(PYTEST_ARGS)
 
@@ -26,6 +33,12 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/ready  ## the site, into build/site; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
+
+figures: $(VENV)/ready  ## the pictures of the tutorials and of "How it works"
+	$(BIN)/python docs/figures.py
+
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -33,4 +46,4 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build

@@ -1,13 +1,14 @@
-"""What a step of ImpactSGD costs, next to torch.optim.SGD(fused=True) and to what the memory allows.
+"""What a step of ImpactSGD and ImpactAdamW costs, next to the fused steps of torch and to what the memory allows.
 
-    python benchmarks/step_time.py                    # everything: about five minutes on two cores
+    python benchmarks/step_time.py                    # everything: about six minutes on two cores
     python benchmarks/step_time.py --quick            # small cases only, about a minute
     python benchmarks/step_time.py --only 'ResNet-18: .*masks' --device cuda
 
-Every row is a candidate against fused SGD on weights of its own, with fixed gradients. The two take turns, and the
-ratio is that of neighbours, so that a machine whose speed drifts does not show; "SGD fused" against itself shows the
-noise. Where there are masks, the forward pass of a module that holds the weights and only reads them is timed with the
-step, and so is its backward pass: it makes the masked weights. Rows "training" time a whole step of a network.
+Every row is a candidate against fused SGD (or fused AdamW, where it is an AdamW) on weights of its own, with fixed
+gradients. The two take turns, and the ratio is that of neighbours, so that a machine whose speed drifts does not show;
+"SGD fused" against itself shows the noise. Where there are masks, the forward pass of a module that holds the weights
+and only reads them is timed with the step, and so is its backward pass: it makes the masked weights. Rows "training"
+time a whole step of a network.
 
 The limit of a row is the time in which the machine moves as many bytes as the step has to read and write at least, at
 the speed of `copy_` or of `add_` with large tensors, whichever is faster: a copy also fetches, uncounted, what it is
@@ -70,6 +71,7 @@ class Candidate(NamedTuple):
     importances: int = 0
     """In units of 4 bytes, for tensors of two or more dimensions alone."""
     reads_weights: bool = False
+    peer: str = "SGD fused"
 
     def bytes_moved(self, params: list[Tensor]) -> int:
         def of_one(p: Tensor) -> int:
@@ -124,10 +126,9 @@ CANDIDATES = {
     "ImpactSGD, masks": Candidate(ours(ImpactSGD, drop_rate=0.1), 5, more_values=2, importances=2, reads_weights=True),
     "ImpactSGD, no masks": Candidate(ours(ImpactSGD, drop_rate=0.0), 5, importances=2),
     "ImpactAdamW, masks": Candidate(
-        ours(ImpactAdamW, drop_rate=0.1), 7, more_values=2, importances=2, reads_weights=True
+        ours(ImpactAdamW, drop_rate=0.1), 7, more_values=2, importances=2, reads_weights=True, peer="AdamW fused"
     ),
 }
-PEER = CANDIDATES["SGD fused"]
 TRAINED = ("SGD fused", "dropout parametrization", "ImpactSGD, masks", "ImpactAdamW, masks")
 PLOTTED = ["SGD fused", "AdamW fused", "schedule-free", "dropout parametrization", "ImpactSGD, masks"]
 
@@ -149,27 +150,29 @@ class Weights(nn.Module):
 
 
 class Case(NamedTuple):
-    """Tensors to step, or with a batch a whole training step of ResNet-18 in its CIFAR form."""
+    """Tensors to step, or with a network a whole training step on a batch of its inputs."""
 
     shapes: list[torch.Size]
     candidates: tuple[str, ...] = tuple(CANDIDATES)
     dtype: torch.dtype = torch.float32
-    batch: int = 0
-    width: int = 64
+    network: str = ""
+    width: int | None = None
+    batch: int = 64
 
     def step(self, candidate: Candidate, device: torch.device) -> tuple[Step, list[Tensor]]:
         """Something to time, and the parameters."""
         torch.manual_seed(0)
-        if self.batch:
-            model = build_model("resnet18", (3, 32, 32), 10, self.width)
-            model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            x = torch.randn(self.batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-            y = torch.randint(10, (self.batch,), device=device)
+        if self.network:
+            shape = (1, 1, 40) if self.network == "mlp" else (3, 32, 32)
+            model = build_model(self.network, shape, 10, self.width).to(device)
+            x, y = torch.randn(self.batch, *shape, device=device), torch.randint(10, (self.batch,), device=device)
+            if self.network != "mlp":
+                model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
             optimizer = candidate.build(model)
 
             def train() -> None:
                 optimizer.zero_grad()
-                with torch.autocast(device.type, torch.bfloat16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.network != "mlp"):
                     loss = F.cross_entropy(model(x), y)
                 loss.backward()
                 optimizer.step()
@@ -206,15 +209,18 @@ def vit_s() -> nn.Module:
 def all_cases(quick: bool) -> dict[str, Case]:
     resnet18 = shapes_of(lambda: torchvision.models.resnet18(num_classes=10))
     cases = {
-        f"{n} weights": Case(tensors(float(n))) for n in (("1e4", "1e6") if quick else ("1e4", "1e5", "1e6", "1.1e7"))
+        f"{n} weights": Case(tensors(float(n))) for n in (("1e4", "1e6") if quick else ("1e5", "1e6", "1.1e7", "1e8"))
     }
     cases["ResNet-18"] = Case(resnet18)
+    cases["training an MLP"] = Case([], TRAINED, network="mlp", width=256, batch=100)
     if quick:
-        cases["training ResNet-18/16"] = Case([], TRAINED, batch=16, width=16)
+        cases["training ResNet-18/16"] = Case([], TRAINED, network="resnet18", batch=16, width=16)
         return cases
     cases["ResNet-50"] = Case(shapes_of(torchvision.models.resnet50))
     cases["ViT-S"] = Case(shapes_of(vit_s))
-    cases["training ResNet-18"] = Case([], TRAINED, batch=64)
+    cases["ViT-S, bfloat16"] = Case(shapes_of(vit_s), dtype=torch.bfloat16)
+    cases["training ResNet-18"] = Case([], TRAINED, network="resnet18")
+    cases["training a ViT"] = Case([], TRAINED, network="vit")
     return cases
 
 
@@ -260,27 +266,33 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def compare(case: Case, name: str, device: torch.device, budget: float) -> dict[str, Any]:
     candidate = CANDIDATES[name]
-    peer, _ = case.step(PEER, device)
+    base = CANDIDATES[candidate.peer]
+    peer, _ = case.step(base, device)
     step, params = case.step(candidate, device)
     rounds, warm_ups = take_turns([peer, step], device, budget)
     weights = sum(p.numel() for p in params)
     row: dict[str, Any] = {"weights": weights, "tensors": len(params), "dtype": str(case.dtype).split(".")[-1]}
-    row |= {"sgd_ms": 1e3 * median(a for a, _ in rounds), "ms": 1e3 * median(b for _, b in rounds)}
+    row |= {
+        "peer": candidate.peer,
+        "peer_ms": 1e3 * median(a for a, _ in rounds),
+        "ms": 1e3 * median(b for _, b in rounds),
+    }
     row |= {"ratio": spread([b / a for a, b in rounds]), "pairs": len(rounds), "warm_up_s": warm_ups[1]}
-    if not case.batch:
-        row["bytes"], row["sgd_bytes"] = candidate.bytes_moved(params), PEER.bytes_moved(params)
+    if not case.network:
+        row["bytes"], row["peer_bytes"] = candidate.bytes_moved(params), base.bytes_moved(params)
     return row
 
 
 def overhead(name: str, device: torch.device, budget: float, numel: float, count: int) -> dict[str, Any]:
-    """What a step takes longer for each further tensor among which as many weights are divided, and SGD's."""
+    """What a step takes longer for each further tensor among which as many weights are divided, and the peer's."""
     forms = [Case(tensors(numel * count)), Case(tensors(numel, count))]
-    steps = [form.step(candidate, device)[0] for candidate in (PEER, CANDIDATES[name]) for form in forms]
+    candidate = CANDIDATES[name]
+    steps = [form.step(each, device)[0] for each in (CANDIDATES[candidate.peer], candidate) for form in forms]
     rounds, _ = take_turns(steps, device, budget)
     sgd_us = [1e6 * (many - one) / (count - 1) for one, many, _, _ in rounds]
     us = [1e6 * (many - one) / (count - 1) for _, _, one, many in rounds]
     row: dict[str, Any] = {"weights": int(numel * count), "tensors": count, "dtype": "float32", "pairs": len(rounds)}
-    row |= {"sgd_ms": median(sgd_us) / 1e3, "ms": median(us) / 1e3}
+    row |= {"peer": candidate.peer, "peer_ms": median(sgd_us) / 1e3, "ms": median(us) / 1e3}
     row["more_us_per_tensor"] = spread([b - a for a, b in zip(sgd_us, us, strict=True)])
     return row
 
@@ -304,6 +316,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         "cpu": names[0] if names else platform.processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {"python": platform.python_version()} | {p: installed[p] for p in packages if p in installed},
@@ -312,7 +325,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| case | candidate | SGD fused ms | ms | ratio | 10–90 % | bytes per weight | limit ms | of the limit |",
+        "| case | candidate | its peer, ms | ms | ratio | 10–90 % | bytes per weight | limit ms | of the limit |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -320,11 +333,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [row["note"]] + [""] * 6
         elif "more_us_per_tensor" in row:
             more = row["more_us_per_tensor"]
-            cells = [f"{row['sgd_ms']:.4f}", f"{row['ms']:.4f}", f"{more['median']:+.1f} µs"]
+            cells = [f"{row['peer_ms']:.4f}", f"{row['ms']:.4f}", f"{more['median']:+.1f} µs"]
             cells += [f"{more['p10']:+.1f} to {more['p90']:+.1f}", "", "", ""]
         else:
             ratio = row["ratio"]
-            cells = [f"{row['sgd_ms']:.3g}", f"{row['ms']:.3g}", f"**{ratio['median']:.2f}**"]
+            cells = [f"{row['peer_ms']:.3g}", f"{row['ms']:.3g}", f"**{ratio['median']:.2f}**"]
             cells.append(f"{ratio['p10']:.2f}–{ratio['p90']:.2f}")
             limit = row.get("limit_ms")
             cells += (
@@ -380,7 +393,10 @@ def main() -> None:
         parser.error(f"no row has {args.only!r} in its name")
 
     results: dict[str, Any] = machine(args.device) | {"gb_per_s": {}, "rows": []}
-    print(f"{results['cpu']}, {results['device']}, {results['threads']} threads, {results['versions']}\n")
+    print(
+        f"{results['cpu']} ({results['instruction_set']}), {results['device']}, {results['threads']} threads, "
+        f"{results['versions']}\n"
+    )
     source, target = (torch.ones(20_000_000 if args.quick else 50_000_000, device=args.device) for _ in range(2))
     try:
         for case, name in (bar := tqdm(work, unit="row", dynamic_ncols=True)):
@@ -392,7 +408,7 @@ def main() -> None:
                 if case == divided:
                     row |= overhead(name, args.device, budget, 1e4, count)
                 else:
-                    row |= compare(cases[case], name, args.device, budget if cases[case].shapes else 5 * budget)
+                    row |= compare(cases[case], name, args.device, budget if cases[case].shapes else 3 * budget)
             except Unavailable as error:
                 row["note"] = str(error)
             results["rows"].append(row)
@@ -409,9 +425,9 @@ def main() -> None:
     print(table(results["rows"]))
     print(f"\nCopies move {fastest['copy']:.1f} GB/s, sums in place {fastest['add']:.1f}.", end=" ")
     if measured := [row for row in results["rows"] if "bytes" in row]:
-        row = max(measured, key=lambda row: row["weights"])
-        print(f"SGD fused moves {row['sgd_bytes'] / row['sgd_ms'] / 1e6:.1f} GB/s in {row['case']}.")
-    noise = [row["ratio"] for row in results["rows"] if row["candidate"] == "SGD fused" and "ratio" in row]
+        row = max((row for row in measured if row["peer"] == "SGD fused"), key=lambda row: row["weights"])
+        print(f"SGD fused moves {row['peer_bytes'] / row['peer_ms'] / 1e6:.1f} GB/s in {row['case']}.")
+    noise = [row["ratio"] for row in results["rows"] if row["candidate"] == row.get("peer")]
     if any(ratio["p90"] > 1.25 * ratio["p10"] for ratio in noise):
         print("SGD against itself spreads by more than a quarter: something else kept the machine busy.")
     plot(results["rows"], f"{results['cpu']}, {results['threads']} thread(s)", args.out.with_suffix(".png"))

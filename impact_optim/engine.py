@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .importances import Mask, Simplex
-from .masking import Masking
+from .importances import Simplex
+from .kernels import fused
+from .masking import Masking, dynamo_is_active
+from .masks import Draw, Mask
 from .options import DEFAULTS, check
 from .signals import READS_STEP
 from .weights import is_matrix, stacked_vectors
@@ -25,8 +27,9 @@ from .weights import is_matrix, stacked_vectors
 class _Step:
     """What was found before the step of the base, for after it."""
 
-    grads: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Parameters whose gradient is masked during the step, with the dense gradient and the masked one."""
+    grads: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    """Parameters whose gradient is another during the step, with the dense gradient and that other: the masked one, or
+    none if a kernel has stepped."""
     held: dict[Tensor, Tensor] = field(default_factory=dict)
     """Where weights are zero for good."""
     before: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -40,6 +43,9 @@ class Engine:
     A step goes from top to bottom: :meth:`_before_step` takes the signal of the dense gradients, moves the importances
     and masks the gradients; the base steps; :meth:`_after_step` restores the gradients, holds the zeros, counts."""
 
+    _steps_by_itself = False
+    """Whether step() is the engine's own, which calls :meth:`_prepare`, and not that of another optimizer."""
+
     def _bind(self, optimizers: list[Optimizer]) -> None:
         """Puts the hooks on the optimizers. Of two engines, an optimizer belongs to the last."""
         self.optimizers = optimizers
@@ -51,6 +57,8 @@ class Engine:
         self._silenced: set[Tensor] = set()
         self._is_lazy = False
         """Whether the network did not know its sizes at a pass of this step: then the step is dense."""
+        self._left: dict[Tensor, tuple[Tensor, int]] = {}
+        """Gradients of the last step that were still there when statistics of batch norm began to be renewed."""
         self._steps: dict[Optimizer, _Step] = {}
         self._loading: dict[Optimizer, dict[str, Any]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -129,10 +137,16 @@ class Engine:
 
     # -- what masking asks for --
 
-    def begin_pass(self) -> None:
-        """Takes note of what has changed since the last pass."""
+    def begin_pass(self, renews: bool) -> None:
+        """Takes note of what has changed since the last pass, and of the gradients that one finds which renews the
+        statistics of batch norm."""
         _check_not_capturing()
         self._refresh()
+        if not renews:
+            self._left.clear()
+        elif not self._left:
+            params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
+            self._left = {p: (p.grad, p.grad._version) for p in params if p.grad is not None}
 
     def owns(self, param: Tensor) -> bool:
         """Whether masks may touch a parameter."""
@@ -147,22 +161,24 @@ class Engine:
         if simplex.group["drop_rate"] == 0 and not is_read:
             return None
         mask = simplex.current_mask()
-        return mask if param in mask.factors else None
+        return mask if param in mask.draws else None
 
     def read_mask(self, param: Tensor) -> Mask | None:
         """The mask of this step, if a pass has read it already and it holds a factor for the parameter."""
         simplex = self._home.get(param)
         mask = None if simplex is None else simplex.mask
-        return mask if mask is not None and mask.is_read and param in mask.factors else None
+        return mask if mask is not None and mask.is_read and param in mask.draws else None
 
-    def sample(self, param: Tensor, number: int, drawn: dict[Any, dict[Tensor, Tensor]]) -> Tensor | None:
-        """The factor of a parameter in a mask that no step trains with, ``number`` of its scope."""
+    def sample(self, param: Tensor, number: int, drawn: dict[Any, dict[Tensor, Draw]]) -> Tensor | None:
+        """A parameter under a mask that no step trains with, ``number`` of its scope."""
         simplex = self._home.get(param)
         if simplex is None or simplex.group["drop_rate"] == 0:
             return None
         if simplex not in drawn:
             drawn[simplex] = simplex.sample(number)
-        return drawn[simplex].get(param)
+        draw = drawn[simplex].get(param)
+        with torch.no_grad():
+            return None if draw is None else draw.masked(param)
 
     def note_dense_read(self, param: Tensor) -> None:
         """Takes note that the gradient of a parameter has come through a pass in eval mode, and may be dense."""
@@ -181,14 +197,14 @@ class Engine:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _check_not_capturing()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if self._steps_by_itself:
+            return None
         if closure is None:
-            self._masking.restore()
             self._prepare(optimizer, None)
             return None
 
         def with_gradients() -> Any:
             loss = closure()
-            self._masking.restore()
             self._prepare(optimizer, closure)
             return loss
 
@@ -196,46 +212,90 @@ class Engine:
             return (args[0], with_gradients, *args[2:]), kwargs
         return args, {**kwargs, "closure": with_gradients}
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _prepare(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
-        """From dense gradients to new importances and masked gradients."""
-        broken = self._steps.pop(optimizer, _Step())  # a step that has not come to its end, by Ctrl-C
-        for p, grad, masked in broken.grads:
-            if p.grad is masked and masked._version == 0:
-                p.grad = grad
-        for p, zero in broken.held.items():
-            if p.shape == zero.shape:
-                p.masked_fill_(zero, 0.0)
+        """From dense gradients to new importances and masked gradients; or to new weights, where a kernel can."""
+        self._masking.restore()
+        if self._goes_on(optimizer):
+            return
         self._refresh()
+        if self._finds_what_was_left(optimizer):
+            step = self._steps[optimizer] = _Step()
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                if (grad := p.grad) is not None:
+                    step.grads.append((p, grad, None))
+                    p.grad = None
+            return
         simplexes = self._simplexes[optimizer]
         for simplex in simplexes:
             self._check_gradients(simplex, closure)
         through_masks = {simplex: self._find_masked(simplex) for simplex in simplexes}
         step = self._steps[optimizer] = _Step(closure=closure)
+        may_step = self._steps_by_itself and not dynamo_is_active()
         for simplex in simplexes:
-            group = simplex.group
             grads = {p: p.grad for p in simplex.members if p.grad is not None and p.grad.layout is torch.strided}
-            if group["importance"] in READS_STEP:
+            fused_step = fused.plan(simplex, grads, through_masks[simplex], may_step)
+            takes_base_step = fused_step is not None and fused_step.takes_base_step
+            importance = simplex.group["importance"]
+            if importance in READS_STEP and not (takes_base_step and importance == "hypergradient"):
                 step.before.update((p, p.detach().clone()) for p in grads)
-            if group["importance"] not in ("uniform", "lookahead"):
-                steps = None
-                if group["importance"] in READS_STEP:
-                    states = {p: optimizer.state.get(p, {}) for p in grads}
-                    steps = {p: state["last_step"] for p, state in states.items() if "last_step" in state}
-                sign = -1.0 if group.get("maximize") else 1.0
-                simplex.update({p: g.neg() for p, g in grads.items()} if sign < 0 else grads, steps)
-            if group["hold_zeros"]:
+            if simplex.group["hold_zeros"] and not takes_base_step:
                 step.held.update((p, p.detach() == 0) for p in simplex.members)
-            factors = simplex.mask.factors if simplex.mask is not None else {}
-            with torch.set_grad_enabled(bool(group.get("differentiable"))):
-                for p, g in grads.items():
-                    new = g * factors[p].to(g.dtype) if p in through_masks[simplex] else g
-                    if p in step.held:
-                        new = new.masked_fill(step.held[p], 0.0)
-                    if new is not g:
-                        step.grads.append((p, g, new))
+            if fused_step is not None:
+                changed = fused_step.run()
+            else:
+                changed = self._step_by_tensors(simplex, grads, through_masks[simplex], step.held)
+            step.grads += [(p, grads[p], new) for p, new in changed.items() if new is not grads[p]]
         for p, _, new in step.grads:
             p.grad = new
+
+    def _finds_what_was_left(self, optimizer: Optimizer) -> bool:
+        """Whether the gradients are those of the step before, as where Lightning's weight averaging ends the pass that
+        renews batch norm with a step. It would move the averaged weights, along gradients of other ones."""
+        if not self._left or not self._masking.renews:
+            return False
+        masked = [p for group in optimizer.param_groups if group["drop_rate"] > 0 for p in group["params"]]
+        grads = {p: p.grad for p in masked if p.grad is not None}
+        old = {p: grad for p, (grad, version) in self._left.items() if grad._version == version}
+        return bool(grads) and all(old.get(p) is grad for p, grad in grads.items())
+
+    def _goes_on(self, optimizer: Optimizer) -> bool:
+        """Whether this step is the rest of one that was broken off, by Ctrl-C or an error of the base, after it had
+        been prepared. If it is another one, ends that."""
+        broken = self._steps.pop(optimizer, _Step())
+        for p, zero in broken.held.items():
+            if p.shape == zero.shape:
+                p.masked_fill_(zero, 0.0)
+        left = [(p, grad, masked) for p, grad, masked in broken.grads if masked is not None]
+        if left and all(p.grad is masked and masked._version == 0 for p, _, masked in left):
+            broken.grads = [*left]
+            self._steps[optimizer] = broken
+            return True
+        for p, grad, masked in left:
+            if p.grad is masked and masked._version == 0:
+                p.grad = grad
+        return False
+
+    def _step_by_tensors(
+        self, simplex: Simplex, grads: dict[Tensor, Tensor], through_masks: set[Tensor], held: dict[Tensor, Tensor]
+    ) -> dict[Tensor, Tensor | None]:
+        """Moves the importances, and returns the masked gradients."""
+        group, optimizer = simplex.group, simplex.optimizer
+        # Before the importances move: a mask may be computed from them.
+        factors = {p: simplex.mask.factor(p) for p in through_masks} if simplex.mask is not None else {}
+        if group["importance"] not in ("uniform", "lookahead"):
+            steps = None
+            if group["importance"] in READS_STEP:
+                states = {p: optimizer.state.get(p, {}) for p in grads}
+                steps = {p: state["last_step"] for p, state in states.items() if "last_step" in state}
+            simplex.update({p: g.neg() for p, g in grads.items()} if group.get("maximize") else grads, steps)
+        changed: dict[Tensor, Tensor | None] = {}
+        with torch.set_grad_enabled(bool(group.get("differentiable"))):
+            for p, g in grads.items():
+                masked = g * factors[p].to(g.dtype) if p in through_masks else g
+                changed[p] = masked.masked_fill(held[p], 0.0) if p in held else masked
+        return changed
 
     def _check_gradients(self, simplex: Simplex, closure: Callable[[], Any] | None) -> None:
         group = simplex.group
@@ -310,6 +370,7 @@ class Engine:
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     value.masked_fill_(zero, 0.0)
         self._masking.entered.clear()
+        self._left.clear()
         self._is_lazy = False
         self._steps.pop(optimizer, None)
 
@@ -376,6 +437,11 @@ def _gradients_at(
 
 def _unreached(name: str, param: Tensor, masking: Masking) -> str:
     """What to say of a gradient that has come by a path that the masks do not reach."""
+    if masking.renews:
+        return (
+            f"drop_rate > 0, but no pass masks {name} while batch norm has no momentum, which stands for renewing its "
+            "statistics: set momentum=None before the module is attached, to train like that"
+        )
     if any(p is param for root in masking.attached() for p in root.parameters()):
         return (
             f"drop_rate > 0, but the gradient of {name} has come by a path that its masks do not reach: its module was "

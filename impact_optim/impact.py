@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -189,10 +189,10 @@ class Impact(Engine):
         for simplex in self._all():
             if simplex.members and simplex.group["drop_rate"] > 0:
                 mask = simplex.current_mask()
-                factors.update(mask.factors)
+                factors.update((p, mask.factor(p)) for p in mask.draws)
                 if torch.is_grad_enabled() and not self._masking.in_scope:
                     mask.is_read = True
-                    mask.contributed.update(dict.fromkeys(mask.factors, -1))
+                    mask.contributed.update(dict.fromkeys(mask.draws, -1))
         with self._masking.substitute(factors):
             yield
 
@@ -395,6 +395,27 @@ Impact.__doc__ = (Impact.__doc__ or "").replace("{options}", documentation())
 
 class ImpactOptimizer(Impact):
     """What :class:`Impact` needs to be a torch optimizer itself: ``class ImpactSGD(ImpactOptimizer, SGD)``."""
+
+    _base: type[Optimizer]
+    """The optimizer of torch that this one is, too."""
+    _steps_by_itself = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step: moves the importances, and updates the weights with the masked gradients.
+
+        Args:
+            closure (optional): evaluates the model again and returns the loss; ``importance="lookahead"`` needs one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if impact_of(self) is self:  # type: ignore[arg-type] # and not another that was put around it
+            self._prepare(self, closure)  # type: ignore[arg-type]
+        step = self._base.step
+        # torch runs the hooks of a step around the method of each class that has been made; here they run already.
+        (step.__wrapped__ if hasattr(step, "hooked") else step)(self)  # type: ignore[attr-defined, call-overload]
+        return loss
 
     def __getstate__(self) -> dict[str, Any]:
         return super(Engine, self).__getstate__()  # type: ignore[misc]

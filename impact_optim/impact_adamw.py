@@ -16,6 +16,8 @@ __all__ = ["ImpactAdamW"]
 
 
 class ImpactAdamW(ImpactOptimizer, AdamW):
+    _base = AdamW
+
     def __init__(
         self,
         params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],

@@ -16,6 +16,8 @@ __all__ = ["ImpactSGD"]
 
 
 class ImpactSGD(ImpactOptimizer, SGD):
+    _base = SGD
+
     def __init__(
         self,
         params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],

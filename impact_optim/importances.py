@@ -1,8 +1,9 @@
 """The importances of one parameter group: what they are, how a step moves them, and the masks that follow from them.
 
 What :mod:`impact_optim.simplex` says in formulas is put together here for the tensors of a group. Their log-importances
-lie in one flat buffer per device, and the work goes over it in blocks: on a CPU of a size that stays in the cache,
-elsewhere all at once, so that the number of operations does not depend on the number of tensors.
+lie in one flat buffer per device. Where a kernel fits, it does the work (:mod:`impact_optim.kernels`). Else the tensor
+code of this file does, over the buffers in blocks: on a CPU of a size that stays in the cache, elsewhere all at once,
+so that the number of operations does not depend on the number of tensors.
 """
 
 from __future__ import annotations
@@ -15,33 +16,28 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .layout import BLOCK, Places, flatten
+from .kernels import fused
+from .layout import BLOCK, Places, flatten, sample
+from .masks import Draw, Mask, TensorDraw
 from .options import OPTIONS
 from .sampling import ROW, SAMPLED, TRAINING, as_uniform, bit_blocks, bits, kept_bits, pareto_sample
 from .signals import ELEMENTWISE, SIGNALS, Signal
-from .simplex import CLIP, LOG_BOUND, fill_level, fill_target, keep_probability, log_mean, mirror_step, total
+from .simplex import (
+    CLIP,
+    LOG_BOUND,
+    SAMPLE,
+    fill_level,
+    fill_target,
+    keep_probability,
+    log_mean,
+    log_mean_exp,
+    mirror_step,
+    next_scale,
+    total,
+)
 from .weights import empty_slices
 
-_SCALE_DECAY = 0.9  # of the running mean of |h|
 _RESCALE_CAP = 10.0  # rescale="inverse" enlarges a kept weight at most ten times as much as uniform masks would
-
-
-class Mask:
-    """The masks of a group for one step: drawn at the first read, over with the step.
-
-    ``factors`` holds what each weight is multiplied with, 0 where it is dropped.
-    """
-
-    def __init__(self, factors: dict[Tensor, Tensor], stamp: tuple[Any, ...]) -> None:
-        self.factors = factors
-        self.stamp = stamp
-        self.is_read = False
-        """Whether a pass that may train has read it: from there on it stays as it is until the step."""
-        self.is_over = False
-        self.contributed: dict[Tensor, int] = {}
-        """The parameters to which a gradient has come through a masked read, and the backward pass it last came by."""
-        self.changes: dict[Tensor, list[int]] = {}
-        """Of each parameter that was read, its version then, and how often that has changed."""
 
 
 class Simplex:
@@ -64,16 +60,21 @@ class Simplex:
         normalized: set[Tensor],
     ) -> None:
         self.optimizer, self.group, self.number = optimizer, group, number
-        self._is_masked, self._normalized = is_masked, normalized
+        self._is_masked, self.normalized = is_masked, normalized
         self.members: list[Tensor] = []
         self.mask: Mask | None = None
         self.dense_reads: set[Tensor] = set()
         """The weights whose gradient has come through a pass in eval mode since the last step, and may be dense."""
         self._places = Places([])
-        self._flat: dict[torch.device, Tensor] | None = None
+        self.flat: dict[torch.device, Tensor] | None = None
         self._views: dict[Tensor, Tensor] = {}
         self._pending: set[Tensor] = set()
-        self._normalizer: Tensor | None = None
+        self._weights: fused.Weights | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many weights there are."""
+        return sum(self._places.sizes.values())
 
     # -- members --
 
@@ -95,23 +96,25 @@ class Simplex:
     def _lay_out(self, members: list[Tensor]) -> None:
         """Puts the members, and the log-importances that the state has of them, into flat buffers."""
         self.members, self._places = members, Places(members)
-        self._flat, self._views, self._pending, self._normalizer = None, {}, set(), None
+        self.flat, self._views, self._pending, self._weights = None, {}, set(), None
         if self.mask is not None and not self.mask.is_read:
             self.mask = None
         if any(self._stored(p) is not None for p in members):
-            self._start()
+            self.start()
 
     @torch.no_grad()
-    def _start(self) -> dict[torch.device, Tensor]:
+    def start(self) -> dict[torch.device, Tensor]:
         """The flat buffers; makes them if there are none, all importances equal but for what the state holds."""
-        if self._flat is not None:
-            return self._flat
+        if self.flat is not None:
+            return self.flat
         flat = {d: torch.zeros(size, dtype=torch.float32, device=d) for d, size in self._places.sizes.items()}
         known = {p: stored for p in self.members if (stored := self._stored(p)) is not None}
         for p, stored in known.items():
             device, start, stop = self._places[p]
             flat[device][start:stop] = flatten(stored, p)
-        self._flat = flat
+        self.flat = flat
+        if self._weights is not None:
+            self._weights.set_importances(flat[self.members[0].device])
         self._views = self._places.split(flat)
         self._pending = set(self.members) - known.keys()
         for p in known:
@@ -125,9 +128,9 @@ class Simplex:
         then a member has had no gradient, and its importance is 1. Vectors get zeros: distributed checkpoints want the
         same state for every parameter.
         """
-        if self._flat is None and self.group["importance"] == "uniform":
+        if self.flat is None and self.group["importance"] == "uniform":
             return
-        self._start()
+        self.start()
         if self.members:
             home = self.members[0].device
             self.group["signal_scale"] = torch.as_tensor(self.group["signal_scale"], dtype=torch.float32, device=home)
@@ -146,14 +149,14 @@ class Simplex:
     @property
     def is_learnt(self) -> bool:
         """Whether steps have moved the importances apart."""
-        return self._flat is not None and any(bool((flat != flat[0]).any()) for flat in self._flat.values())
+        return self.flat is not None and any(bool((flat != flat[0]).any()) for flat in self.flat.values())
 
-    def _weights(self) -> tuple[dict[torch.device, Tensor], Tensor | None]:
+    def _importances(self) -> tuple[dict[torch.device, Tensor], Tensor | None]:
         """w up to a constant, 0 where a zero is held, flat; and how many are not held, if any may be."""
-        if self._flat is None:
+        if self.flat is None:
             w = {d: torch.ones(size, dtype=torch.float32, device=d) for d, size in self._places.sizes.items()}
         else:
-            w = {device: flat.exp() for device, flat in self._flat.items()}
+            w = {device: flat.exp() for device, flat in self.flat.items()}
         if not self.group["hold_zeros"]:
             return w, None
         alive = []
@@ -173,7 +176,7 @@ class Simplex:
         """w of every member, of its shape, float32: mean 1, and 0 for a zero that is held."""
         if not self.members:
             return {}
-        w, alive = self._weights()
+        w, alive = self._importances()
         scale = self._normalize(w, alive).exp()
         return self._places.split({device: t.div_(scale.to(device)) for device, t in w.items()})
 
@@ -191,12 +194,12 @@ class Simplex:
         moving = [p for p in self.members if p in grads and (steps is None or p in steps)]
         if not moving:
             return
-        flat = self._start()
-        idle = [p for p in self.members if p not in grads or (steps is not None and p not in steps)]
-        if self._normalizer is None or idle:
-            w, alive = self._weights()
-            self._normalizer = self._normalize(w, alive)
-        normalizer, self._normalizer = self._normalizer, None
+        if fused.update(self, grads, steps):
+            return
+        flat = self.start()
+        is_partial = len(moving) < len(self.members)
+        before = self._mass(moving) if is_partial else None
+        normalizer = log_mean_exp([sample(list(flat.values()), SAMPLE)])
         lr, kl_weight, signal = group["importance_lr"], group["kl_weight"], SIGNALS[group["importance"]]
         home = self.members[0].device
         scale = torch.as_tensor(group["signal_scale"], dtype=torch.float32, device=home)
@@ -212,11 +215,17 @@ class Simplex:
             u = h.mul_(inverse.to(device)).clamp_(-CLIP, CLIP)
             log_w = flat[device][start:stop]
             log_w.copy_(mirror_step(log_w, u, lr, kl_weight, normalizer.to(device)))
-        if idle:
-            self._keep_totals(w, normalizer, moving, idle)
+        if before is not None:
+            shift = (before / self._mass(moving).clamp_min(1e-300)).log()
+            for device, start, stop in map(self._places.__getitem__, moving):
+                flat[device][start:stop].add_(shift.to(device, torch.float32)).clamp_(-LOG_BOUND, LOG_BOUND)
         n = total(counts).clamp_min(1.0) if counts else sum(p.numel() for p in moving)
-        mean = (total(sizes) / n).float().nan_to_num(0.0, 0.0, 0.0)  # a sum of finite signals may still overflow
-        group["signal_scale"] = torch.where(scale > 0, scale.lerp(mean.minimum(CLIP * scale), 1 - _SCALE_DECAY), mean)
+        group["signal_scale"] = next_scale(scale, total(sizes) / n)
+
+    def _mass(self, params: list[Tensor]) -> Tensor:
+        """The sum of w over some members, up to a constant."""
+        w, _ = self._importances()
+        return total([w[device][start:stop].sum() for device, start, stop in map(self._places.__getitem__, params)])
 
     def _signals(
         self,
@@ -241,19 +250,19 @@ class Simplex:
                 h = signal(x, grads[p].detach().float(), step)
                 yield *self._places[p], flatten(x, p), flatten(h, p)
 
-    def _keep_totals(
-        self, w: dict[torch.device, Tensor], normalizer: Tensor, moving: list[Tensor], idle: list[Tensor]
-    ) -> None:
-        """Lets idle members keep their importances, and the moving ones their total."""
-        new, _ = self._weights()
-        before, after = (
-            total([t[d][a:b].sum() for d, a, b in map(self._places.__getitem__, moving)]) for t in (w, new)
-        )
-        shift = (before / after.clamp_min(1e-300)).log() - normalizer.double()
-        flat = self._start()
-        for params, offset in ((moving, shift), (idle, -normalizer)):
-            for device, start, stop in map(self._places.__getitem__, params):
-                flat[device][start:stop].add_(offset.to(device, torch.float32)).clamp_(-LOG_BOUND, LOG_BOUND)
+    # -- kernels --
+
+    def weights(self) -> fused.Weights | None:
+        """The members as a kernel takes them, if there is one that can."""
+        group = self.group
+        if group.get("fused") is False or group.get("foreach") or group.get("differentiable"):
+            return None
+        kernels = fused.kernels_for(self.members, is_wanted=bool(group.get("fused")))
+        if kernels is not None and self._weights is None:
+            self._weights = kernels.Weights(self.members, [self._places[p][1] for p in self.members])
+            if self.flat is not None:
+                self._weights.set_importances(self.flat[self.members[0].device])
+        return None if kernels is None else self._weights
 
     # -- masks --
 
@@ -261,22 +270,21 @@ class Simplex:
         """Forgets the mask: the next pass draws a new one."""
         if self.mask is not None:
             self.mask.is_over = True
-            self.mask.factors = {}  # a loss that is kept holds the mask
-        self.mask, self._normalizer = None, None
+            self.mask.draws = {}  # a loss that is kept holds the mask
+        self.mask = None
         self.dense_reads.clear()
 
     @torch.no_grad()
     def _keep(self) -> tuple[dict[torch.device, Tensor], Tensor | None]:
         """π, flat, and how many weights share the budget, if some are held at zero."""
         group = self.group
-        w, alive = self._weights()
+        w, alive = self._importances()
         drop_rate = group["drop_rate"]
         if group["sampling"] == "exact":  # what such a mask can drop: whole weights
             n = max(sum(t.numel() for t in w.values()) if alive is None else int(alive), 1)
             drop_rate = round(drop_rate * n) / n
         target = fill_target(drop_rate, group["keep_floor"], group["drop"])
-        self._normalizer = self._normalize(w, alive)
-        if self._flat is None or group["importance"] == "uniform" or not 0.0 < target < 1.0:
+        if self.flat is None or group["importance"] == "uniform" or not 0.0 < target < 1.0:
             return {d: t.sign_().mul_(1.0 - drop_rate) for d, t in w.items()}, alive
         level = fill_level(list(w.values()), target, alive)
         for device, t in w.items():
@@ -312,16 +320,22 @@ class Simplex:
     def current_mask(self) -> Mask:
         """The mask of this step; draws it if there is none, or if options have changed before it was used."""
         group = self.group
-        stamp = (*(group[name] for name in OPTIONS), group["mask_step"])
-        if self.mask is None or (not self.mask.is_read and self.mask.stamp != stamp):
-            self.mask = Mask(self.draw(group["mask_step"]), stamp)
-        elif len(self.mask.factors) < len(self.members):  # thawed between two passes of a step
-            self.mask.factors = {**self.draw(group["mask_step"]), **self.mask.factors}
+        if self.mask is None or not self.mask.is_read:
+            stamp = (*(group[name] for name in OPTIONS), group["mask_step"])
+            if self.mask is None or self.mask.stamp != stamp:
+                self.mask = Mask(self.draw(group["mask_step"]), stamp)
+        if len(self.mask.draws) < len(self.members):  # thawed between two passes of a step
+            self.mask.draws = {**self.draw(group["mask_step"]), **self.mask.draws}
         return self.mask
 
     @torch.no_grad()
-    def draw(self, step: int, stream: int = TRAINING) -> dict[Tensor, Tensor]:
-        """What each weight is multiplied with under the mask of a step: 0, or 1/π up to the cap."""
+    def draw(self, step: int, stream: int = TRAINING) -> dict[Tensor, Draw]:
+        """The masks of a step, by weight."""
+        draw: Draw = fused.draw(self, step, stream) or TensorDraw(self._draw(step, stream))
+        return dict.fromkeys(self.members, draw)
+
+    def _draw(self, step: int, stream: int) -> dict[Tensor, Tensor]:
+        """What each weight is multiplied with: 0, or 1/π up to the cap."""
         group = self.group
         factors, alive = self._keep()
         words = {"seed": group["seed"], "step": step, "group": self.number, "stream": stream}
@@ -339,7 +353,7 @@ class Simplex:
             for part, kept in zip(keep.split(size), masks, strict=True):
                 part.clamp_(min=divisor).reciprocal_().view(torch.int32).bitwise_and_(kept)
         split = self._places.split(factors)
-        for p in self._normalized & split.keys():
+        for p in self.normalized & split.keys():
             for empty in empty_slices(split[p] != 0):
                 split[p].masked_fill_(empty, 1.0)
         return split
@@ -361,8 +375,8 @@ class Simplex:
         )
         return {device: part.to(device) for device, part in zip(keep, mask.split(sizes), strict=True)}
 
-    def sample(self, number: int) -> dict[Tensor, Tensor]:
-        """The factors of mask ``number`` of :meth:`Impact.sampled`, from a stream that no training step draws from."""
+    def sample(self, number: int) -> dict[Tensor, Draw]:
+        """Mask ``number`` of :meth:`Impact.sampled`, from a stream that no training step draws from."""
         return self.draw(number, SAMPLED)
 
 

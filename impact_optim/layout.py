@@ -73,10 +73,12 @@ class Places:
         self.sizes: dict[torch.device, int] = {}
         """How many elements the buffer of each device has."""
         self._runs: dict[Tensor, tuple[torch.device, int, int]] = {}
+        self._strides: dict[Tensor, tuple[int, ...]] = {}
         for p in params:
             start = self.sizes.get(p.device, 0)
             self.sizes[p.device] = start + p.numel()
             self._runs[p] = (p.device, start, start + p.numel())
+            self._strides[p] = p.stride()
 
     def __contains__(self, param: Tensor) -> bool:
         return param in self._runs
@@ -86,9 +88,9 @@ class Places:
         return self._runs[param]
 
     def fits(self, param: Tensor) -> bool:
-        """Whether a parameter still has the size and the device that its place was made for."""
+        """Whether a parameter still has the size, the device and the strides that its place was made for."""
         device, start, stop = self._runs[param]
-        return stop - start == param.numel() and device == param.device
+        return stop - start == param.numel() and device == param.device and self._strides[param] == param.stride()
 
     def split(self, flat: Mapping[torch.device, Tensor]) -> dict[Tensor, Tensor]:
         """Views of the buffers, of the shape of each parameter."""
@@ -121,10 +123,11 @@ class Places:
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(numel: int, count: int, device: torch.device) -> Tensor:
-    # Multiples of the golden ratio modulo 1 spread evenly and keep step with no row length or kernel size.
-    spread = torch.arange(count, dtype=torch.float64).mul_(_GOLDEN_RATIO).frac_()
-    return (spread * numel).long().to(device)
+def _sampled(numel: int, count: int, device: torch.device) -> Tensor:
+    # One in every stretch of numel/count elements, which multiples of the golden ratio keep out of step with rows and
+    # kernels.
+    step = torch.arange(count, dtype=torch.float64)
+    return ((step + (step * _GOLDEN_RATIO).frac_()) * (numel / count)).long().to(device)
 
 
 def sample(tensors: Sequence[Tensor], size: int) -> Tensor:
@@ -139,5 +142,5 @@ def sample(tensors: Sequence[Tensor], size: int) -> Tensor:
     for t in tensors:
         count = -(-size * t.numel() // n) if n > size else t.numel()
         flat = t.detach().reshape(-1)
-        parts.append(flat if count == t.numel() else torch.take(flat, _places(t.numel(), count, t.device)))
+        parts.append(flat if count == t.numel() else torch.take(flat, _sampled(t.numel(), count, t.device)))
     return torch.cat([part.to(device, torch.float32) for part in parts])

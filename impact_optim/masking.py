@@ -31,8 +31,9 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace
+from torch.nn.modules.batchnorm import _NormBase
 
-from .importances import Mask
+from .masks import Draw, Mask
 
 # Tracing of torch.fx by itself, not as a part of torch.export; older versions of torch do not tell the two apart.
 is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
@@ -42,8 +43,8 @@ _OPENS_BEFORE_WARNING = 10  # optimizers that pass twice or more before a step c
 class MaskOwner(Protocol):
     """What :class:`Masking` needs from the engine."""
 
-    def begin_pass(self) -> None:
-        """Takes note of what has changed since the last pass."""
+    def begin_pass(self, renews: bool) -> None:
+        """Takes note of what has changed since the last pass, and of whether this one renews batch norm."""
 
     def owns(self, param: Tensor) -> bool: ...
 
@@ -53,8 +54,8 @@ class MaskOwner(Protocol):
     def read_mask(self, param: Tensor) -> Mask | None:
         """The same, if a pass has read it already."""
 
-    def sample(self, param: Tensor, number: int, drawn: dict[Any, dict[Tensor, Tensor]]) -> Tensor | None:
-        """The factor of a parameter in mask ``number`` of a scope of :meth:`Impact.sampled`."""
+    def sample(self, param: Tensor, number: int, drawn: dict[Any, dict[Tensor, Draw]]) -> Tensor | None:
+        """A parameter under mask ``number`` of a scope of :meth:`Impact.sampled`."""
 
     def note_dense_read(self, param: Tensor) -> None:
         """Takes note that a gradient has come through a pass in eval mode."""
@@ -67,12 +68,12 @@ class _MaskedRead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, factor: Tensor, mask: Mask) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Mask) -> Tensor:
         ctx.mask, ctx.weight = mask, weakref.ref(weight)
-        return weight * factor
+        return mask.masked(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.mask.is_over:
             raise RuntimeError(
                 "a backward pass has reached a forward pass that was made before the last optimizer step, under masks "
@@ -80,7 +81,7 @@ class _MaskedRead(torch.autograd.Function):
             )
         if (weight := ctx.weight()) is not None:
             ctx.mask.contributed[weight] = torch._C._current_graph_task_id()
-        return grad, None, None
+        return grad, None
 
 
 class _DenseRead(torch.autograd.Function):
@@ -201,7 +202,9 @@ class _Pass(threading.local):
         self.frame: FrameType | None = None
         self.reads: dict[Tensor, _Read] = {}
         self.recurrent: set[nn.RNNBase] = set()
-        self.samples: dict[Any, dict[Tensor, Tensor]] = {}
+        self.samples: dict[Any, dict[Tensor, Draw]] = {}
+        self.renews = False
+        """Whether it renews the statistics of batch norm, which are to be those of the dense network."""
 
 
 class Masking:
@@ -214,6 +217,8 @@ class Masking:
     def __init__(self, owner: MaskOwner) -> None:
         self._owner = weakref.ref(owner)
         self._handles: dict[nn.Module, list[torch.utils.hooks.RemovableHandle]] = {}
+        self._norms: dict[nn.Module, list[_NormBase]] = {}
+        """The batch norms of each attached module that had a momentum when it was attached."""
         self._here = _Pass()
         self._placed: list[tuple[_Parameters, str, Tensor, int]] = []
         self.placer = ""
@@ -246,6 +251,8 @@ class Masking:
                     other.detach(root)
                     other.displaced = True
         handles = self._handles[module] = []
+        norms = (part for part in module.modules() if isinstance(part, _NormBase))
+        self._norms[module] = [norm for norm in norms if norm.momentum is not None]
         for part in module.modules():
             if isinstance(part, torch.jit.ScriptModule):  # it takes no hooks, and reads its weights from C++
                 continue
@@ -262,6 +269,7 @@ class Masking:
         for root in list(self._handles) if module is None else [module]:
             for handle in self._handles.pop(root, []):
                 handle.remove()
+            self._norms.pop(root, None)
             kept = {part for other in self._handles for part in other.modules()}
             for part in root.modules():
                 params = vars(part)["_parameters"]
@@ -277,6 +285,12 @@ class Masking:
         return any(first.owns(p) and second.owns(p) for p in module.parameters())
 
     # -- passes --
+
+    @property
+    def renews(self) -> bool:
+        """Whether the statistics of batch norm are being renewed: what does so averages over all batches, which is what
+        no momentum stands for."""
+        return any(norm.momentum is None for norms in self._norms.values() for norm in norms)
 
     def is_inside(self, module: nn.Module | None) -> bool:
         """Whether the innermost module call of this thread is that of the module."""
@@ -297,11 +311,12 @@ class Masking:
         here = self._here
         is_outermost = not self._is_open()
         if is_outermost:
+            here.renews = self.renews
             if (owner := self._owner()) is not None and (torch.is_grad_enabled() or self._samples is not None):
-                owner.begin_pass()
+                owner.begin_pass(here.renews)
             here.calls, here.frame = [], _module_call()
         here.calls.append(module)
-        is_dense = self._dense is not None or not _differentiates()
+        is_dense = self._dense is not None or here.renews or not _differentiates()
         if not self.placer and "torch._dynamo" in sys.modules:
             roots = [module] if compiled or _is_optimized(module) else []
             if is_outermost and not roots:
@@ -386,9 +401,8 @@ class Masking:
         if owner is not None and self._samples is not None:
             if not here.samples:
                 self._samples += 1
-            factor = owner.sample(param, self._samples, here.samples)
-            return None if factor is None else param.detach() * factor.to(param.dtype)
-        if owner is None or not (_differentiates() if module.training else torch.is_grad_enabled()):
+            return owner.sample(param, self._samples, here.samples)
+        if owner is None or here.renews or not (_differentiates() if module.training else torch.is_grad_enabled()):
             return None
         mask = owner.current_mask(param)
         if mask is None:
@@ -489,13 +503,12 @@ def attached_maskings(module: nn.Module) -> Iterator[Masking]:
 def _masked(param: Tensor, mask: Mask) -> Tensor:
     """The masked weight, as a function of the parameter."""
     mask.is_read = True
-    factor = mask.factors[param].to(param.dtype)
     if not torch._C._are_functorch_transforms_active():
-        return cast(Tensor, _MaskedRead.apply(param, factor, mask))
+        return cast(Tensor, _MaskedRead.apply(param, mask))
     mask.contributed[param] = -1  # a transform has no backward pass that would tell
     masked = param.clone()  # its gradient is the identity
     with torch.no_grad():
-        masked.mul_(factor)
+        masked.mul_(mask.factor(param).to(param.dtype))
     return masked
 
 
@@ -537,7 +550,7 @@ def _module_call() -> FrameType | None:
     return frame
 
 
-def _dynamo_is_active() -> bool:
+def dynamo_is_active() -> bool:
     """Whether frames that are called from here may be compiled."""
     dynamo = sys.modules.get("torch._C._dynamo.eval_frame") if "torch._dynamo" in sys.modules else None
     return dynamo is not None and dynamo.get_eval_frame_callback() not in (None, False)
@@ -571,15 +584,17 @@ class _Hook:
             masking = self.masking()
             # Masked weights are in place, or the graph breaks here so that they can be put there.
             if masking is not None and masking.placer in ("", self.part):
-                self._run(module, args, True)
+                self._run_uncompiled(module, args)
         elif not (is_fx_tracing() or torch._C._is_tracing()):
-            self._run(module, args, _dynamo_is_active())
+            if dynamo_is_active():
+                self._run_uncompiled(module, args)
+            elif (masking := self.masking()) is not None:
+                self.action(masking, module, args, False)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _run(self, module: nn.Module, args: Any, compiled: bool) -> None:
-        masking = self.masking()
-        if masking is not None:
-            self.action(masking, module, args, compiled)
+    def _run_uncompiled(self, module: nn.Module, args: Any) -> None:
+        if (masking := self.masking()) is not None:
+            self.action(masking, module, args, True)
 
     def __reduce__(self) -> Any:
         # A function that does nothing, which every Python can unpickle.

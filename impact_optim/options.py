@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from numbers import Integral, Real
 from textwrap import fill
 from typing import Any, NamedTuple, TypedDict
@@ -136,6 +137,21 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(group: Mapping[str, Any]) -> None:
     """Raises for an option of a group that is out of range; names it, its value and what it may be."""
+    values = [group[name] for name in OPTIONS]
+    try:
+        _check_values(*values)
+    except TypeError:  # not hashable
+        _check_values.__wrapped__(*values)
+    step, scale = group["mask_step"], group["signal_scale"]
+    if not (is_integer(step) and step >= 0):
+        raise ValueError(f"Invalid mask_step: {step!r}; it counts the steps taken")
+    if not (is_number(scale) or (isinstance(scale, Tensor) and scale.dim() == 0 and scale.dtype == torch.float32)):
+        raise ValueError(f"Invalid signal_scale: {scale!r}; it is the running mean that a step has left")
+
+
+@lru_cache(maxsize=256, typed=True)  # since every pass and every step checks all groups
+def _check_values(*values: Any) -> None:
+    group = dict(zip(OPTIONS, values, strict=True))
     for name, option in OPTIONS.items():
         if not option.fits(group[name]):
             raise ValueError(f"Invalid {name}: {group[name]!r}; {option.range}")
@@ -145,11 +161,6 @@ def check(group: Mapping[str, Any]) -> None:
             f"keep_floor={keep_floor} is above the budget: drop_rate={drop_rate} keeps {1 - drop_rate:.6g} of the "
             "weights on average; lower one of the two"
         )
-    step, scale = group["mask_step"], group["signal_scale"]
-    if not (is_integer(step) and step >= 0):
-        raise ValueError(f"Invalid mask_step: {step!r}; it counts the steps taken")
-    if not (is_number(scale) or (isinstance(scale, Tensor) and scale.dim() == 0 and scale.dtype == torch.float32)):
-        raise ValueError(f"Invalid signal_scale: {scale!r}; it is the running mean that a step has left")
 
 
 def check_keys(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:

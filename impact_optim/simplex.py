@@ -20,11 +20,16 @@ LOG_BOUND = 60.0
 
 CLIP = 10.0  # |h| counts up to this many means, and one batch raises the mean by no more than it
 
-SAMPLE = 4096  # weights; the level of a larger simplex is first solved for on a sample of that size
+SCALE_DECAY = 0.9  # of the running mean of |h|
+
+SAMPLE = 4096  # weights; the normaliser of a larger simplex is that of a sample of this size
 
 _ROUNDING = 1e-9  # what is left of a budget that the floor takes up
 
-_NEWTON_STEPS = 6  # on a device that must not be waited for, from the level of a larger sample
+LARGEST_SAMPLE = 65536  # from whose level that of all is solved
+_NEAR = 1 / 64  # of a level: how far a Newton step may lead that is the last
+_TOLERANCE = 1e-3  # of what is dropped or kept
+NEWTON_STEPS = 6  # on a device that must not be waited for
 _MOST_STEPS = 200  # on a CPU, which stops when the budget is met
 
 
@@ -98,11 +103,10 @@ def water_level(log_w: Sequence[Tensor], mean: float) -> Tensor:
 def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) -> Tensor:
     r"""The level c at which :math:`\min(1, c \, w)` has a given mean over the weights with w > 0.
 
-    Up to 4096 weights are sorted, and the level is exact. With more, Newton steps begin at the level of a sample. The
-    mean is a concave, piecewise linear function of c, so that a step lands at or below the root, and the next ones rise
-    to it. They work with what is missing, :math:`\sum \max(0, 1 - c w)`, which stays accurate at small drop rates. On a
-    CPU they go on until the budget is met to 1e-4 of what is dropped or kept; elsewhere there are six, from a sample of
-    65536, since to look would wait for the device.
+    The level of a sample, of up to 65536 weights, is exact, and Newton steps lead on to that of all. The mean is a
+    concave, piecewise linear function of c: a step is exact but for the weights with c·w near 1, whose number bounds
+    what is left. On a CPU, steps go on until that is 1e-3 of what is dropped or kept, mostly one or two; elsewhere
+    there are six, since to look would wait for the device.
 
     Args:
         w: the weights of the simplex, float32, not negative.
@@ -113,40 +117,53 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
         c, a float64 scalar on the first tensor's device.
     """
     on_cpu = _may_wait(w)
-    size = SAMPLE if on_cpu else 16 * SAMPLE
-    level = _sorted_level(sample(w, size), mean)
     n = sum(t.numel() for t in w)
+    size = level_sample(n) if on_cpu else LARGEST_SAMPLE
+    level = sorted_level(sample(w, size), mean)
     if n <= size:
         return level
     live = torch.full((), n, dtype=torch.float64, device=level.device) if alive is None else alive.double()
-    missing = (1.0 - mean) * live
-    tolerance = 1e-4 * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
+    tolerance = _TOLERANCE * min(mean, 1.0 - mean) * float(live) if on_cpu else 0.0
     closest = math.inf
-    exact = torch.float64 if mean < 0.01 else None  # what is open is then a small difference of large sums
-    for _ in range(_MOST_STEPS if on_cpu else _NEWTON_STEPS):
-        gaps, opened = [], []
-        for t in w:
-            c = -level.to(t.device, torch.float32)
-            for (part,) in blocks(t):
-                gap = (part * c).add_(1.0).clamp_(min=0.0)
-                if alive is not None:
-                    gap.mul_(part > 0)
-                gaps.append(gap.sum(dtype=exact))
-                opened.append(gap.sign_().sum(dtype=exact))  # faster than to count what is not zero
-        gap_sum = total(gaps)
-        slope = total(opened) - gap_sum
+    for _ in range(_MOST_STEPS if on_cpu else NEWTON_STEPS):
+        missing, filled, opened, near = _fill(w, level, alive is not None)
+        # Of the two, what is small is accurate.
+        error = mean * live - filled if mean < 0.5 else missing - (1.0 - mean) * live
+        slope = opened - missing if mean >= 0.5 else filled - (live - opened)
+        before, ratio = level, (1.0 + error / slope.clamp_min(1e-30)).clamp(1 / 8, 8)
         if on_cpu:
-            error = float(gap_sum - missing)
-            # Below the root a step comes closer, but for rounding; unless what is open is so small that c·w is nothing
-            # beside 1, and the level has a long way to go.
-            if abs(error) <= tolerance or (error >= closest and error <= float(slope)):
+            if float(error) >= closest and float(error) <= float(slope):
+                break  # a step from below comes closer, but for rounding
+            closest = float(error) if float(error) > 0.0 else closest
+        level = level * ratio
+        if on_cpu:
+            change = abs(float(ratio) - 1.0)
+            if (change <= _NEAR and float(near) * change <= tolerance) or level.float() == before.float():
                 break
-            closest = error if error > 0.0 else closest
-        # The bounds keep a start on the wrong side of a kink (nothing open, or a slope of nearly 0) on its way.
-        before, level = level, level * (1.0 + (gap_sum - missing) / slope.clamp_min(1e-30)).clamp(1 / 8, 8)
-        if on_cpu and before.float() == level.float():
-            break
     return level
+
+
+def level_sample(n: int) -> int:
+    """The size of the sample from whose level that of n weights is solved."""
+    return max(SAMPLE, min(n // 64, LARGEST_SAMPLE))
+
+
+def _fill(w: Sequence[Tensor], level: Tensor, some_are_dead: bool) -> list[Tensor]:
+    """Of the weights above 0: the sums of max(0, 1 - cw) and min(1, cw), how many are below 1, and how many near it."""
+    sums: list[list[Tensor]] = [[], [], [], []]
+    for t in w:
+        c = level.to(t.device, torch.float32)
+        for (part,) in blocks(t):
+            filled = part * c
+            gap = 1.0 - filled
+            sums[3].append((gap.abs() <= _NEAR).sum())
+            gap.clamp_(min=0.0)
+            if some_are_dead:
+                gap.mul_(part > 0)
+            sums[0].append(gap.sum())
+            sums[1].append(filled.clamp_(max=1.0).sum())
+            sums[2].append(gap.sign_().sum())  # faster than to count what is not zero
+    return [total(parts) for parts in sums]
 
 
 def _may_wait(tensors: Sequence[Tensor]) -> bool:
@@ -154,7 +171,7 @@ def _may_wait(tensors: Sequence[Tensor]) -> bool:
     return all(t.device.type == "cpu" for t in tensors)
 
 
-def _sorted_level(w: Tensor, mean: float) -> Tensor:
+def sorted_level(w: Tensor, mean: float) -> Tensor:
     """The level of one dimension of weights, by sorting."""
     w = w.double().sort(descending=True).values
     # With the k largest full, the others carry the rest: c_k = (mean·n - k) / (their sum). It is right for the first
@@ -191,6 +208,12 @@ def fill_target(drop_rate: float, keep_floor: float, drop: str) -> float:
     share = drop_rate if drop == "important" else 1.0 - drop_rate - keep_floor
     target = share / (1.0 - keep_floor)
     return 0.0 if target < _ROUNDING else 1.0 if target > 1.0 - _ROUNDING else target
+
+
+def next_scale(scale: Tensor, mean: Tensor) -> Tensor:
+    """The running mean of |h| after a step whose mean is this, float32; 0 stands for none yet."""
+    mean = mean.float().nan_to_num(0.0, 0.0, 0.0)  # a sum of finite signals may still overflow
+    return torch.where(scale > 0, scale.lerp(mean.minimum(CLIP * scale), 1 - SCALE_DECAY), mean)
 
 
 def perplexity(w: Tensor) -> Tensor:

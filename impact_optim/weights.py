@@ -14,7 +14,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 
 def is_matrix(param: Tensor) -> bool:
     """Whether a parameter can be masked at all: a vector cannot, however many dimensions of length 1 it has."""
-    return not is_lazy(param) and sum(size > 1 for size in param.shape) >= 2
+    return not is_lazy(param) and param.dim() > 1 and sum(size > 1 for size in param.shape) > 1
 
 
 def vectors_of(module: nn.Module) -> Iterator[Tensor]:

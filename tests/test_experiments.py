@@ -12,9 +12,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from impact_optim import ImpactSGD
+from impact_optim import ImpactAdamW, ImpactSGD
 from impact_optim.experiments import cli, training
 from impact_optim.experiments import data as data_module
 from impact_optim.experiments.arms import ARMS, DEFAULT_ARMS, arm_options, build_optimizer
@@ -29,7 +30,7 @@ from impact_optim.experiments.data import (
 )
 from impact_optim.experiments.models import MODELS, build_model, sine_cosine_positions
 from impact_optim.experiments.pruning import PrunedNetwork, Pruning, format_pruned_table, latency, parse_schedule
-from impact_optim.experiments.results import ResultsFolder, format_table, summarise
+from impact_optim.experiments.results import ResultsFolder, format_table, summarise, verdict
 from impact_optim.experiments.training import Recipe, evaluate, expected_drop, train
 from impact_optim.pruning import LayerReport, PruneReport, load_pruned
 
@@ -507,6 +508,16 @@ def test_adamw_is_torchs(digits, tmp_path):
     assert optimizer.defaults["weight_decay"] == 0.0
 
 
+def test_adamw_may_take_the_steps_of_every_arm(digits, tmp_path):
+    arms = arm_options([*ARMS], {**COMMON, "base": "adamw"}, ["betas=(0.8, 0.99)"])
+    built = {arm: build_optimizer(arm, nn.Linear(2, 2), options, seed=0) for arm, options in arms.items()}
+    assert {arm for arm, optimizer in built.items() if type(optimizer) is torch.optim.AdamW} == {"baseline", "adamw"}
+    assert all(type(built[arm]) is ImpactAdamW for arm in arms.keys() - {"baseline", "adamw"})
+    assert built["saliency"].defaults["betas"] == built["baseline"].defaults["betas"] == (0.8, 0.99)
+    with pytest.raises(ValueError, match="momentum is no option of ImpactAdamW"):
+        arm_options(["saliency"], {**COMMON, "base": "adamw"}, ["momentum=0.5"])
+
+
 def test_schedules_set_rates(digits, tmp_path):
     recipe = Recipe(epochs=8, batch=40, width=8, drop_schedule="warmup")
     lines = run("dropconnect", digits, tmp_path / "w", recipe).lines()
@@ -728,6 +739,28 @@ def test_the_table_is_aligned_and_says_what_it_shows():
     assert cells[3] == ["b", "1", "80.00", "80.00", "0.00", "0.000", "10.0", "30.0"]
 
 
+@pytest.mark.parametrize(
+    ("others", "sentence"),
+    [
+        ([], "a has 92.00 ± 2.83% test accuracy; there is nothing to compare it with."),
+        ([("b", [0.89, 0.93])], "a is best, with 92.00 ± 2.83% test accuracy: 1.00 ± 0.00 points above b"),
+        ([("b", [0.89, 0.93])], "(1.00 beyond the spread)."),
+        ([("b", [0.95, 0.88])], "0.50 ± 7.78 points above b (within the spread)."),
+        ([("b", [0.88])], "2.00 points above b (of one seed, which has no spread)."),
+        ([("b", [0.89, 0.93]), ("baseline", [0.8, 0.84])], "and 10.00 ± 0.00 points above baseline (10.00 beyond"),
+        ([("b", {7: 0.9})], "not to be compared with b, which shares no seed with it."),
+    ],
+)
+def test_the_verdict_is_one_sentence(others, sentence):
+    runs = {
+        "a": {0: 0.9, 1: 0.94},
+        **{arm: own if isinstance(own, dict) else dict(enumerate(own)) for arm, own in others},
+    }
+    rest = {"loss": 0.1, "train_accuracy": 1.0, "train_loss": 0.1}
+    lines = [line(arm, seed, 1, accuracy=value, **rest) for arm, own in runs.items() for seed, value in own.items()]
+    assert sentence in verdict(summarise(lines, runs, 1), lines, 1)
+
+
 def test_a_diverged_run_shows_in_the_table():
     lines = [
         line("a", s, 1, accuracy=0.1, loss=x, train_accuracy=0.1, train_loss=0.2)
@@ -803,7 +836,7 @@ def test_the_whole_program_on_digits(tmp_path):
     assert rows[2:] == list(DEFAULT_ARMS)
     written = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     pictures = ["convergence.png", "importances.png", "keep_probability.png"]
-    rest = ["checkpoints", "config.json", "layers", "results.jsonl", "table.md"]
+    rest = ["checkpoints", "config.json", "layers", "report.html", "results.jsonl", "table.md"]
     assert written == sorted([*pictures, *rest])
     assert all(str(out / name) in done.stdout for name in [*pictures, "table.md"])
     assert (out / "table.md").read_text() in done.stdout
@@ -989,6 +1022,30 @@ def test_the_report_does_without_matplotlib(tmp_path, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "pip install matplotlib" in captured.err
     assert "| baseline" in captured.out
+
+
+def test_the_page_holds_all_of_the_report(tmp_path, capsys):
+    arguments = ["--optimizer", "adamw", "--arms", "baseline", "saliency", "--seeds", "2", "--tensorboard"]
+    assert cli.main([*SMALL, *arguments, "--out", str(tmp_path)]) == 0
+    page, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    sentence = next(text for text in printed.splitlines() if " is best, with " in text)
+    assert f"<p class=verdict>{sentence}</p>" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs no other file
+    for text in (torch.__version__, "digits, mlp: 2 arms", "<td>epochs<td>2", "base=&#x27;adamw&#x27;", "<td>saliency"):
+        assert text in page
+    curves = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert curves == ["baseline-0", "baseline-1", "saliency-0", "saliency-1"]
+    reader = EventAccumulator(str(tmp_path / "tensorboard" / "saliency-0")).Reload()
+    accuracies = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
+    accuracies = [each["accuracy"] for each in accuracies if (each["arm"], each["seed"]) == ("saliency", 0)]
+    assert [scalar.value for scalar in reader.Scalars("accuracy")] == pytest.approx(accuracies)
+
+
+def test_tensorboard_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert cli.main([*SMALL, "--tensorboard", "--out", str(tmp_path / "out")]) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
 
 
 def test_the_optimizer_of_an_arm_is_attached():

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import FACES, assert_same, every_face
+from test_kernels import compare
 from torch import nn
+
+from impact_optim import SIGNALS, ImpactAdamW, ImpactSGD
 
 pytestmark = pytest.mark.cuda
 
@@ -39,6 +42,32 @@ def masked_share(model) -> float:
     model(batch(0)[0])
     handle.remove()
     return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("importance", "dtype"),
+    [
+        *((name, torch.float32) for name in [*SIGNALS, "uniform"]),
+        *(("saliency", dtype) for dtype in (torch.bfloat16, torch.float64)),
+    ],
+)
+@pytest.mark.parametrize("hold_zeros", [False, True])
+@pytest.mark.parametrize(
+    "base",
+    [
+        (ImpactSGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}),
+        (ImpactAdamW, {"lr": 0.01, "eps": 1e-3, "amsgrad": True}),
+        (None, {"lr": 0.01}),
+    ],
+    ids=["SGD", "AdamW", "RMSprop"],
+)
+def test_the_kernels_take_the_steps_of_the_tensor_code(base, importance, hold_zeros, dtype):
+    options = {"drop_rate": 0.3, "importance": importance, "importance_lr": 0.1, "kl_weight": 0.1, "seed": 2**40 + 5}
+    options |= {"drop": "unimportant", "rescale": "inverse", "keep_floor": 0.01, "maximize": base[0] is ImpactAdamW}
+    shapes = [(90, 100), (300, 400), (7,), (16, 8, 3, 3)]
+    doubtful, draws = compare(*base, {**options, "hold_zeros": hold_zeros}, shapes, dtype, True, device="cuda")
+    assert draws > 390_000
+    assert doubtful <= 3 + 1e-5 * draws
 
 
 @every_face

@@ -624,10 +624,11 @@ def peak_of_a_step(optimizer, model):
 
 @every_face
 def test_a_step_makes_few_transients(face):
-    """The masked gradient, and blocks that fit the cache."""
+    """Blocks that fit the cache; and the masked gradients, where the kernel does not take the step of the base."""
     ours, theirs = (nn.Linear(ROW, 200, bias=False) for _ in range(2))
     excess = peak_of_a_step(face(ours, drop_rate=0.3)[1], ours) - peak_of_a_step(face.plain(theirs), theirs)
-    assert 0 < excess < 1.5 * 4 * ours.weight.numel()
+    assert excess < (0.05 if face.built_in else 1.5) * 4 * ours.weight.numel()
+    assert face.built_in or excess > 0
 
 
 @every_face

@@ -516,6 +516,39 @@ def test_update_bn_of_the_attached_model_gathers_dense_statistics(face):
     assert not torch.equal(model[1].running_mean, masked_statistics)
 
 
+@every_face
+def test_statistics_that_a_loop_renews_by_training_passes_are_those_of_the_dense_network(face):
+    model, data = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), torch.randn(4, 16, 8)
+    face(model, drop_rate=0.5)
+    plain = copy.deepcopy(model)
+    for network in (model, plain):
+        network[1].momentum = None  # the mean over all batches, as Lightning's weight averaging takes it
+        network[1].reset_running_stats()
+        for x in data:
+            network(x)
+    assert_same(model, plain)
+
+
+@every_face
+def test_training_while_statistics_are_renewed_is_an_error(face):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    _, optimizer = face(model, drop_rate=0.5)
+    model[1].momentum = None
+    model(torch.randn(16, 8)).square().sum().backward()
+    with pytest.raises(RuntimeError, match="set momentum=None before the module is attached"):
+        optimizer.step()
+
+
+@every_face
+def test_batch_norm_that_never_had_a_momentum_trains_with_masks(face):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None)), torch.randn(16, 8)
+    _, optimizer = face(model, drop_rate=0.5)
+    dense = copy.deepcopy(model)
+    assert not torch.equal(model(x), dense(x))
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
 # ------------------------------------------------------------------------------------------ architectures
 
 

@@ -664,7 +664,7 @@ def test_no_step_and_no_masked_pass_waits_for_a_device(foreach, options, monkeyp
     monkeypatch.setattr(simplex, "_may_wait", lambda tensors: False)  # as on a GPU
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 80), nn.ReLU(), nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 3))
-    optimizer = ImpactSGD(model, lr=0.05, momentum=0.9, drop_rate=0.4, foreach=foreach, **options)
+    optimizer = ImpactSGD(model, lr=0.05, momentum=0.9, drop_rate=0.4, foreach=foreach, fused=False, **options)
     for _ in range(3):
         optimizer.zero_grad()
         with _NoWaiting():

@@ -6,7 +6,8 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from impact_optim import ActivationPruner, Impact, ImpactAdamW, ImpactSGD, load_
 from impact_optim.sparsity import keep_largest, keep_pattern, parse_pattern
 
 OPTIONS = {"drop_rate": 0.3, "importance_lr": 0.05, "kl_weight": 0.3}
+STEPPED_BY_THE_BASE = {None: {}, ImpactSGD: {"fused": False}, ImpactAdamW: {"fused": False}}  # and not by a kernel
 
 
 def all_bases() -> list[Face]:
@@ -620,7 +622,7 @@ def test_weights_that_come_to_zero_by_chance_live_on(face, dtype):
     """With few bits a step often lands on exactly zero; such a weight is not one that was pruned."""
     model = two_layers(dtype)
     precise = {} if face.base is torch.optim.SGD else {"eps": 1e-3}
-    engine, optimizer = face(model, **{**OPTIONS, "drop_rate": 0.0, **precise})
+    engine, optimizer = face(model, **{**OPTIONS, "drop_rate": 0.0, **precise}, **STEPPED_BY_THE_BASE[face.built_in])
     engine.sparsify(0.5, by="magnitude")
     held = zeros(model)
     run(model, optimizer, range(2))
@@ -998,7 +1000,7 @@ def test_interrupted_at_any_line_it_has_changed_nothing_or_all(face, stride):
 def test_a_step_that_is_interrupted_revives_nothing(face):
     """Muon moves zeros too, and the engine does not come to make them zero again."""
     model = two_layers(bias=face is not MUON)
-    engine, optimizer = face(model, **OPTIONS)
+    engine, optimizer = face(model, **OPTIONS, **STEPPED_BY_THE_BASE[face.built_in])
     run(model, optimizer, range(3))
     engine.sparsify(0.5)
     held = zeros(model)
@@ -1019,21 +1021,32 @@ def test_a_step_that_is_interrupted_revives_nothing(face):
 
 
 @every_face
-def test_a_step_of_the_base_that_fails_leaves_dense_gradients(face):
+def test_a_step_of_the_base_that_fails_leaves_dense_gradients(face, monkeypatch):
     model = two_layers()
-    _, optimizer = face(model, **{**OPTIONS, "drop_rate": 0.5})
+    _, optimizer = face(model, **{**OPTIONS, "drop_rate": 0.5}, **STEPPED_BY_THE_BASE[face.built_in])
     run(model, optimizer, range(2))
     optimizer.zero_grad()
     model(torch.ones(4, 12)).square().sum().backward()
     grads = [p.grad.clone() for p in model.parameters()]
-    handle = optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(Interrupted()))
-    with pytest.raises(Interrupted):
-        optimizer.step()
-    handle.remove()
     seen = []
-    handle = optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in model.parameters()))
-    optimizer.step()
-    handle.remove()
+
+    def fail(*_):
+        raise Interrupted
+
+    def look(*_):
+        seen.extend(p.grad.clone() for p in model.parameters())
+
+    for action in (fail, look):
+        with monkeypatch.context() as patch:
+            handle = None
+            if face.built_in:
+                patch.setattr(type(optimizer), "_base", SimpleNamespace(step=action))
+            else:
+                handle = optimizer.register_step_pre_hook(action)
+            with pytest.raises(Interrupted) if action is fail else nullcontext():
+                optimizer.step()
+            if handle is not None:
+                handle.remove()
     assert_same([p.grad for p in model.parameters()], grads)
     dropped = torch.cat([g.flatten() == 0 for g in seen if g.dim() > 1]).float().mean().item()
     assert dropped == pytest.approx(0.5, abs=0.1)

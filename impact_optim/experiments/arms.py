@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from ..impact_adamw import ImpactAdamW
 from ..impact_sgd import ImpactSGD
 from ..options import OPTIONS, is_number
 
@@ -28,10 +30,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "drop-important": {"importance": "saliency", "drop": "important"},
     GRADUAL: {"importance": "uniform", "drop_rate": 0.0},
 }
-"""Arms by name: the options of :class:`ImpactSGD` that make the arm what it is.
+"""Arms by name: the options of :class:`Impact` that make the arm what it is.
 
-``baseline`` and ``adamw`` are ``torch.optim.SGD`` and ``torch.optim.AdamW``; ``gradual-magnitude`` is SGD that loses
-its smallest weights on the way to a final sparsity, and the same as ``baseline`` without one.
+``baseline`` is the base alone, one of :data:`BASES`, and ``adamw`` is ``torch.optim.AdamW`` whatever the base;
+``gradual-magnitude`` is the base that loses its smallest weights on the way to a final sparsity, and the same as
+``baseline`` without one.
 """
 
 DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
@@ -39,11 +42,21 @@ DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
 
 # Masks that come to 0 and 1 on the way to a sparse network: importances that spread, and weights that are not enlarged.
 _RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.3}
-_TORCH_OPTIONS = {
-    BASELINE: ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
-    ADAMW: ("lr", "weight_decay"),
+SGD = "sgd"
+Masked = ImpactSGD | ImpactAdamW
+BASES: dict[str, tuple[type[Optimizer], type[Masked]]] = {
+    SGD: (torch.optim.SGD, ImpactSGD),
+    ADAMW: (torch.optim.AdamW, ImpactAdamW),
 }
-SETTABLE = (*_TORCH_OPTIONS[BASELINE], "foreach", "fused", *(o for o in OPTIONS if o != "seed"), "simplex")
+"""What takes the steps, alone and with importances."""
+LEARNING_RATES = {SGD: 0.05, ADAMW: 0.003}
+"""Where to begin."""
+_BASE_OPTIONS = {
+    SGD: ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+    ADAMW: ("lr", "betas", "eps", "weight_decay", "amsgrad"),
+}
+_OWN_OPTIONS = ("foreach", "fused", *(o for o in OPTIONS if o != "seed"), "simplex")
+SETTABLE = (*dict.fromkeys(_BASE_OPTIONS[SGD] + _BASE_OPTIONS[ADAMW]), *_OWN_OPTIONS)
 """Options that :func:`arm_options` accepts overrides of. ``simplex`` is ``"group"``, one for all weights together, or
 ``"tensor"``, which puts every parameter in a group of its own."""
 
@@ -57,7 +70,7 @@ def arm_options(
 
     Args:
         arms: names out of :data:`ARMS`.
-        common: options for all arms, such as ``{"lr": 0.1}``.
+        common: options for all arms, such as ``{"lr": 0.1}``; ``"base"`` is one of :data:`BASES`, by default SGD.
         overrides: ``"OPTION=VALUE"`` for all arms, ``"ARM.OPTION=VALUE"`` for one.
         to_be_sparse: whether the arms are given a final sparsity. Those with importances then begin from options that
             suit a ramp of the drop rate: ``rescale="none"``, and importances that spread further.
@@ -88,8 +101,16 @@ def arm_options(
     options = {
         arm: {**common, **(_RAMPED if arm in ramped else {}), **for_all, **ARMS[arm], **for_one[arm]} for arm in arms
     }
-    for arm in options.keys() & _TORCH_OPTIONS.keys():
-        options[arm] = {name: value for name, value in options[arm].items() if name in _TORCH_OPTIONS[arm]}
+    base = common.get("base", SGD)
+    for arm, given in options.items():
+        own = {BASELINE: _BASE_OPTIONS[base], ADAMW: ("lr", "weight_decay")}
+        taken = own.get(arm, (*_BASE_OPTIONS[base], *_OWN_OPTIONS))
+        for name in (*for_one[arm], *for_all):
+            if arm not in own and name not in taken:
+                raise ValueError(f"arm {arm}: {name} is no option of {BASES[base][1].__name__}")
+        options[arm] = {name: value for name, value in given.items() if name in taken}
+        if base != SGD and arm != ADAMW:
+            options[arm]["base"] = base
     if to_be_sparse:
         if ADAMW in options:
             raise ValueError(f"arm {ADAMW} cannot be made sparse: leave it or the final sparsity out")
@@ -109,22 +130,21 @@ def arm_options(
     return options
 
 
-def build_optimizer(arm: str, model: nn.Module, options: Mapping[str, Any], seed: int) -> torch.optim.Optimizer:
+def build_optimizer(arm: str, model: nn.Module, options: Mapping[str, Any], seed: int) -> Optimizer:
     """The optimizer of an arm, attached to the model.
 
     Raises:
         ValueError: an option is out of range.
     """
-    if arm == BASELINE and "importance" not in options:
-        return torch.optim.SGD(model.parameters(), **options)
-    if arm == ADAMW:
-        return torch.optim.AdamW(model.parameters(), **options)
     options = dict(options)
+    plain, masked = BASES[ADAMW if arm == ADAMW else options.pop("base", SGD)]
+    if arm == ADAMW or (arm == BASELINE and "importance" not in options):
+        return plain(model.parameters(), **options)
     if (simplex := options.pop("simplex", "group")) not in ("group", "tensor"):
         raise ValueError(f"Invalid simplex: {simplex!r}; choose 'group' or 'tensor'")
     if simplex == "group":
-        return ImpactSGD(model, **options, seed=seed)
-    optimizer = ImpactSGD([{"params": [p]} for p in model.parameters()], **options, seed=seed)
+        return masked(model, **options, seed=seed)
+    optimizer = masked([{"params": [p]} for p in model.parameters()], **options, seed=seed)
     optimizer.attach(model)
     return optimizer
 

@@ -1,27 +1,40 @@
-"""The command line: options, progress, report."""
+"""The command line: options and progress."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..impact_sgd import ImpactSGD
 from ..pruning.criteria import CRITERIA, SPLITS
-from .arms import ADAMW, ARMS, BASELINE, DEFAULT_ARMS, GRADUAL, SETTABLE, arm_options, build_optimizer
+from .arms import (
+    ADAMW,
+    ARMS,
+    BASELINE,
+    BASES,
+    DEFAULT_ARMS,
+    GRADUAL,
+    LEARNING_RATES,
+    SETTABLE,
+    SGD,
+    Masked,
+    arm_options,
+    build_optimizer,
+)
 from .data import DATA, Data, batch_count, load_data
 from .models import MODELS, build_model
-from .pruning import PrunedNetwork, Pruning, build_pruner, format_pruned_table, parse_schedule
-from .results import Line, ResultsFolder, format_table, runs_of, summarise
-from .sparse import RAMP, CannotBeSparse, SparseFinish, mean_densities, ramp_epochs
+from .pruning import Pruning, build_pruner, parse_schedule
+from .report import Curves, write_report
+from .results import Line, ResultsFolder
+from .sparse import RAMP, CannotBeSparse, SparseFinish, ramp_epochs
 from .training import DROP_SCHEDULES, PRECISIONS, SCHEDULES, Recipe, train
 
 PROGRAM = "impact-optim"
@@ -38,6 +51,7 @@ class Study(NamedTuple):
     data: Data
     results: ResultsFolder
     progress: bool
+    tensorboard: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             status = INTERRUPTED
-        _report(study)
+        write_report(study.results, study.arms, study.seeds, study.recipe, study.data.heldout)
     return status
 
 
@@ -70,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Trains the arms of the study side by side and reports test accuracy, generalisation gap and\n"
-        "time, with pictures. The same command resumes where it was stopped; more arms or seeds may join.",
+        "time, with pictures, as a table and as a page (report.html). The same command resumes\n"
+        "where it was stopped; more arms or seeds may join.",
+        usage="%(prog)s [OPTION ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"arms:\n{_describe_arms()}\n\noptions for --set: {', '.join(SETTABLE)}",
     )
@@ -97,34 +113,31 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     how = parser.add_argument_group("how to train")
+    how.add_argument("--optimizer", choices=BASES, default=SGD, help="what takes the steps, in every arm (%(default)s)")
     how.add_argument(
         "--epochs", type=_positive, default=Recipe.epochs, metavar="N", help="passes over the data (%(default)s)"
     )
     how.add_argument(
         "--batch", type=_positive, default=Recipe.batch, metavar="N", help="examples per step (%(default)s)"
     )
-    how.add_argument("--lr", type=float, default=0.05, help="learning rate (%(default)s)")
-    how.add_argument("--momentum", type=float, default=0.9, help="momentum factor (%(default)s)")
-    how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="L2 penalty (%(default)s)")
+    rates = ", ".join(f"{rate} for {base}" for base, rate in LEARNING_RATES.items())
+    how.add_argument("--lr", type=float, help=f"learning rate ({rates})")
+    how.add_argument("--momentum", type=float, default=0.9, metavar="X", help="of sgd (%(default)s)")
+    how.add_argument(
+        "--weight-decay",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="of all weights: L2 penalty of sgd, decoupled decay of adamw (%(default)s)",
+    )
     how.add_argument(
         "--schedule", choices=SCHEDULES, default=Recipe.schedule, help="of the learning rate (%(default)s)"
     )
     how.add_argument(
-        "--drop-rate", type=float, default=0.1, metavar="SHARE", help="share of weights dropped per step (%(default)s)"
-    )
-    how.add_argument(
-        "--drop-schedule",
-        choices=DROP_SCHEDULES,
-        default=Recipe.drop_schedule,
-        help="linear decays to 0, warmup rises from 0 in a quarter of the epochs (%(default)s)",
-    )
-    how.add_argument(
-        "--final-sparsity",
-        type=float,
-        metavar="SHARE",
-        help="share of weights that are zero in the end: arms that drop by importance ramp their drop rate up to it in "
-        f"{100 * RAMP:.0f}%% of the epochs and train on with what is left, {GRADUAL} removes the smallest on the same "
-        "ramp, the others keep their largest weights after the last epoch",
+        "--precision",
+        choices=PRECISIONS,
+        default=Recipe.precision,
+        help="of the forward and backward pass (%(default)s)",
     )
     how.add_argument(
         "--set",
@@ -133,11 +146,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[ARM.]OPTION=VALUE",
         help="sets an option of the optimizer, for all arms or for one: --set kl_weight=3 --set saliency.lr=0.2",
     )
-    how.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default=Recipe.precision,
-        help="of the forward and backward pass (%(default)s)",
+
+    masks = parser.add_argument_group("what to drop while training")
+    masks.add_argument(
+        "--drop-rate", type=float, default=0.1, metavar="SHARE", help="share of weights dropped per step (%(default)s)"
+    )
+    masks.add_argument(
+        "--drop-schedule",
+        choices=DROP_SCHEDULES,
+        default=Recipe.drop_schedule,
+        help="linear decays to 0, warmup rises from 0 in a quarter of the epochs (%(default)s)",
+    )
+
+    zeros = parser.add_argument_group("what to make zero for good, in every arm")
+    zeros.add_argument(
+        "--final-sparsity",
+        type=float,
+        metavar="SHARE",
+        help="share of weights that are zero in the end: arms that drop by importance ramp their drop rate up to it in "
+        f"{100 * RAMP:.0f}%% of the epochs and train on with what is left, {GRADUAL} removes the smallest on the same "
+        "ramp, the others keep their largest weights after the last epoch",
     )
 
     cuts = parser.add_argument_group("what to cut while training, in every arm")
@@ -159,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prune-split", choices=SPLITS, default=Pruning.split, help="of the cuts over layers (%(default)s)"
     )
 
-    where = parser.add_argument_group("where")
+    where = parser.add_argument_group("where, and what to write")
     where.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto, the default, takes a GPU if there is one"
     )
@@ -169,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--download", action="store_true", help="download the data set if it is not there")
     where.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (runs/DATA-MODEL)")
+    where.add_argument(
+        "--tensorboard", action="store_true", help="write curves to OUT/tensorboard as well, a run per arm and seed"
+    )
     where.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,
@@ -182,7 +213,7 @@ def _describe_arms() -> str:
     lines = []
     for arm, options in ARMS.items():
         what = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        what = {BASELINE: "torch.optim.SGD", ADAMW: "torch.optim.AdamW"}.get(arm, what)
+        what = {BASELINE: "the optimizer of torch.optim", ADAMW: "torch.optim.AdamW"}.get(arm, what)
         lines.append(f"  {arm:24}{what}")
     return "\n".join(lines)
 
@@ -215,19 +246,22 @@ def _prepare(args: argparse.Namespace) -> Study:
             raise ValueError(f"--final-sparsity must lie in (0, 1), but is {recipe.final_sparsity}")
         if recipe.epochs < 2:
             raise ValueError("--final-sparsity needs two epochs or more: to become sparse, and to train on")
-    common = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "drop_rate")}
+    common = {name: getattr(args, name) for name in ("momentum", "weight_decay", "drop_rate")}
+    common |= {"lr": LEARNING_RATES[args.optimizer] if args.lr is None else args.lr, "base": args.optimizer}
     to_be_sparse = recipe.final_sparsity is not None
     arms = arm_options(list(dict.fromkeys(args.arms)), common, args.set, to_be_sparse=to_be_sparse)
     if recipe.final_sparsity is not None:
         for arm, options in arms.items():  # what does not fit shows now
             optimizer = build_optimizer(arm, nn.Linear(2, 2), options, seed=0)
-            assert isinstance(optimizer, ImpactSGD)
+            assert isinstance(optimizer, Masked)
             try:
                 SparseFinish(optimizer, arm, recipe.final_sparsity, recipe.epochs)
             except ValueError as error:
                 raise ValueError(f"arm {arm}: {error}") from error
+    if args.tensorboard and not _has("tensorboard"):
+        raise ImportError("--tensorboard needs tensorboard, which is not installed: pip install tensorboard")
     progress = sys.stderr.isatty() if args.progress is None else args.progress
-    if args.progress and not _has_tqdm():
+    if args.progress and not _has("tqdm"):
         raise ImportError("--progress needs tqdm, which is not installed: pip install tqdm")
 
     data = load_data(args.data, args.data_folder, args.download)
@@ -249,7 +283,7 @@ def _prepare(args: argparse.Namespace) -> Study:
         "device": device.type,
     }
     results = ResultsFolder(args.out or Path("runs") / f"{args.data}-{args.model}", settings, arms)
-    return Study(arms, range(args.seeds), recipe, data.to(device), results, progress and _has_tqdm())
+    return Study(arms, range(args.seeds), recipe, data.to(device), results, progress and _has("tqdm"), args.tensorboard)
 
 
 def _check_pruning(
@@ -265,7 +299,7 @@ def _check_pruning(
     without = [arm for arm, options in arms.items() if options.get("importance", "uniform") == "uniform"]
     if prune.criterion == "importance" and without:
         raise ValueError(
-            f"--criterion importance reads the importances of ImpactSGD, and the arm {without[0]} has none: choose "
+            f"--criterion importance reads learnt importances, and the arm {without[0]} has none: choose "
             "other --arms or another --criterion"
         )
     build_pruner(prune, model, data.to("meta"), batch_count(data, recipe.batch), [], seed=0)
@@ -294,7 +328,13 @@ def _positive(text: str) -> int:
 def _train_all(study: Study) -> bool:
     """Trains what is not finished, seed by seed, so that all arms can be compared early; says whether all could be."""
     succeeded = True
-    with _Progress(study) as progress:
+    with _Progress(study) as progress, Curves(study.results.path / "tensorboard") as curves:
+
+        def on_epoch(line: Line) -> None:
+            if study.tensorboard:
+                curves.add(line)
+            progress.on_epoch(line)
+
         for seed in study.seeds:
             for arm, options in study.arms.items():
                 if not study.results.finished(arm, seed):
@@ -308,7 +348,7 @@ def _train_all(study: Study) -> bool:
                             study.data,
                             study.results,
                             on_batch=progress.on_batch,
-                            on_epoch=progress.on_epoch,
+                            on_epoch=on_epoch,
                         )
                     except CannotBeSparse as error:
                         print(f"{PROGRAM}: error: arm {arm}, seed {seed}: {error}", file=sys.stderr)
@@ -366,82 +406,9 @@ class _Progress:
             self._bar.set_postfix_str(self._loss + self._accuracy, refresh=False)
 
 
-def _has_tqdm() -> bool:
+def _has(package: str) -> bool:
     try:
-        import tqdm  # noqa: F401
+        import_module(package)
     except ImportError:
         return False
     return True
-
-
-# ------------------------------------------------------------------------------- report
-
-
-def _report(study: Study) -> None:
-    """Prints the table of the finished runs, and writes it and the pictures."""
-    results, epochs, heldout = study.results, study.recipe.epochs, study.data.heldout
-    lines = [line for line in results.lines() if line["seed"] in study.seeds]
-    lines = [line for line in lines if results.finished(line["arm"], line["seed"])]
-    summaries = summarise(lines, study.arms, epochs)
-    if not summaries:
-        print("no run has finished yet")
-        return
-    table = format_table(summaries, epochs, heldout)
-    if study.recipe.prune is not None:
-        table += "\n\n" + format_pruned_table(lines, study.arms, epochs, heldout, lambda *run: _pruned(results, *run))
-    (results.path / "table.md").write_text(table + "\n")
-    print(table)
-    try:
-        pictures = _draw(study, lines)
-    except ImportError:
-        print("the pictures need matplotlib, which is not installed: pip install matplotlib", file=sys.stderr)
-        pictures = []
-    print("\n" + "\n".join(str(path) for path in [results.path / "table.md", *pictures]))
-
-
-def _pruned(results: ResultsFolder, arm: str, seed: int) -> PrunedNetwork:
-    return PrunedNetwork.from_json(json.loads((results.pruned(arm, seed) / "cut.json").read_text()))
-
-
-def _draw(study: Study, lines: Sequence[Line]) -> list[Path]:
-    from ..plots import (
-        arm_colors,
-        merge_statistics,
-        plot_convergence,
-        plot_importances_of,
-        plot_keep_probabilities_of,
-        plot_pruning,
-        plot_sparsity,
-    )
-
-    results, heldout = study.results, study.data.heldout
-    runs = {arm: runs_of(lines, arm, study.recipe.epochs) for arm in study.arms}
-    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
-    colors = arm_colors(study.arms)
-
-    def curves(key: str, scale: float = 1.0) -> dict[str, list[list[float]]]:
-        return {arm: [[scale * line[key] for line in run] for run in by_seed.values()] for arm, by_seed in runs.items()}
-
-    figures = {
-        "convergence": plot_convergence(
-            {f"{heldout} accuracy (%)": curves("accuracy", 100), "training loss": curves("train_loss")}, colors
-        )
-    }
-    layers = {arm: merge_statistics(results.layers(arm, seed) for seed in by_seed) for arm, by_seed in runs.items()}
-    layers = {arm: statistics for arm, statistics in layers.items() if statistics}
-    if layers:
-        figures["importances"] = plot_importances_of(layers, colors)
-        figures["keep_probability"] = plot_keep_probabilities_of(layers, colors)
-    if study.recipe.final_sparsity is not None:
-        figures["sparsity"] = plot_sparsity(
-            {arm: mean_densities(results.densities(arm, seed) for seed in by_seed) for arm, by_seed in runs.items()},
-            colors,
-        )
-    if study.recipe.prune is not None:
-        for arm, by_seed in runs.items():  # seeds differ little in their widths
-            figures[f"pruned-{arm}"] = plot_pruning(_pruned(results, arm, min(by_seed)).report)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(results.path / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150)
-    return paths

@@ -8,7 +8,7 @@
     layers/<arm>-<seed>.json     importances and keep probabilities of finished runs, by layer
     pruned/<arm>-<seed>/         networks of finished runs that were cut, as save_pruned() keeps them, and what was cut
     sparse/<arm>-<seed>.json     how many weights each layer of finished runs has kept, where a sparsity was asked for
-    table.md, *.png              the report
+    table.md, *.png, report.html the report; tensorboard/ where that was asked for
 """
 
 from __future__ import annotations
@@ -265,6 +265,34 @@ def summarise(lines: Iterable[Line], arms: Iterable[str], epochs: int) -> list[A
                 )
             )
     return summaries
+
+
+def verdict(summaries: Sequence[ArmSummary], lines: Iterable[Line], epochs: int, heldout: str = "test") -> str:
+    """One sentence: which arm is best, and by how much beyond the spread.
+
+    Arms are compared in pairs of runs that share a seed, and so initial weights and batches. The spread is the standard
+    deviation of these differences.
+    """
+    lines = list(lines)
+    best, *others = sorted(summaries, key=lambda summary: summary.accuracy.mean, reverse=True)
+    if not others:
+        return f"{best.arm} has {best.accuracy:.2f}% {heldout} accuracy; there is nothing to compare it with."
+    found = []
+    for other in dict.fromkeys([others[0].arm, *(s.arm for s in others if s.arm == "baseline")]):
+        first, second = (runs_of(lines, arm, epochs) for arm in (best.arm, other))
+        shared = sorted(first.keys() & second.keys())
+        if not shared:
+            found.append(f"not to be compared with {other}, which shares no seed with it")
+            continue
+        lead = spread(100 * (first[seed][-1]["accuracy"] - second[seed][-1]["accuracy"]) for seed in shared)
+        if math.isnan(lead.std):
+            beyond = "of one seed, which has no spread"
+        elif lead.mean - lead.std >= 0.005:  # what shows with two digits
+            beyond = f"{lead.mean - lead.std:.2f} beyond the spread"
+        else:
+            beyond = "within the spread"
+        found.append(f"{lead:.2f} points above {other} ({beyond})")
+    return f"{best.arm} is best, with {best.accuracy:.2f}% {heldout} accuracy: {', and '.join(found)}."
 
 
 def format_table(summaries: Sequence[ArmSummary], epochs: int, heldout: str = "test") -> str:

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..drop_rate import DropRateScheduler
-from ..impact_sgd import ImpactSGD
 from ..pruning import ramp
-from .arms import GRADUAL
+from .arms import GRADUAL, Masked
 
 RAMP = 0.75  # of the epochs, as in Zhu & Gupta: then the network is sparse, and what is left trains on
 
@@ -39,7 +38,7 @@ class SparseFinish:
         epochs: of the run, at least 2.
     """
 
-    def __init__(self, optimizer: ImpactSGD, arm: str, sparsity: float, epochs: int) -> None:
+    def __init__(self, optimizer: Masked, arm: str, sparsity: float, epochs: int) -> None:
         self._optimizer, self._sparsity, self._epochs = optimizer, sparsity, epochs
         self._ramp = ramp_epochs(epochs)
         options = optimizer.defaults

@@ -19,10 +19,9 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 from torch.optim.swa_utils import update_bn
 
 from ..drop_rate import DropRateScheduler
-from ..impact_sgd import ImpactSGD
 from ..plots import layer_statistics
 from ..pruning.architecture import load_pruned, save_pruned
-from .arms import build_optimizer
+from .arms import Masked, build_optimizer
 from .data import Data, batch_count, batches
 from .models import build_model
 from .pruning import Pruning, build_pruner, pruned_network
@@ -106,9 +105,9 @@ def train(
     steps = batch_count(data, recipe.batch)
     scheduler = _lr_scheduler(recipe.schedule, optimizer, recipe.epochs * steps)
     drop_scheduler = sparse = None
-    if recipe.final_sparsity is not None and isinstance(optimizer, ImpactSGD):
+    if recipe.final_sparsity is not None and isinstance(optimizer, Masked):
         sparse = SparseFinish(optimizer, arm, recipe.final_sparsity, recipe.epochs)
-    elif isinstance(optimizer, ImpactSGD):
+    elif isinstance(optimizer, Masked):
         drop_scheduler = _drop_scheduler(recipe, optimizer)
     pruner = None if recipe.prune is None else build_pruner(recipe.prune, model, data, steps, optimizer, seed)
     compute = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
@@ -215,7 +214,7 @@ def train(
         (folder / "cut.json").write_text(json.dumps(cut.to_json()) + "\n")
     if sparse is not None:
         results.save_densities(arm, seed, layer_densities(model))
-    results.finish(arm, seed, layer_statistics(optimizer, model) if isinstance(optimizer, ImpactSGD) else [])
+    results.finish(arm, seed, layer_statistics(optimizer, model) if isinstance(optimizer, Masked) else [])
 
 
 def _initial_model(recipe: Recipe, data: Data, seed: int) -> nn.Module:
@@ -241,7 +240,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 
 def expected_drop(optimizer: Optimizer) -> float:
     """Expected share of dropped weights among those that can be dropped, measured from the keep probabilities."""
-    if not isinstance(optimizer, ImpactSGD):
+    if not isinstance(optimizer, Masked):
         return 0.0
     rows = optimizer.importance_summary()
     return sum(row.drop_rate * row.numel for row in rows) / sum(row.numel for row in rows)
@@ -249,10 +248,10 @@ def expected_drop(optimizer: Optimizer) -> float:
 
 def _expected(optimizer: Optimizer) -> AbstractContextManager[None]:
     # With rescale="none" the dense weights are larger than any network that was trained: x ⊙ π is what to evaluate.
-    return optimizer.expected() if isinstance(optimizer, ImpactSGD) else nullcontext()
+    return optimizer.expected() if isinstance(optimizer, Masked) else nullcontext()
 
 
-def _drop_scheduler(recipe: Recipe, optimizer: ImpactSGD) -> DropRateScheduler | None:
+def _drop_scheduler(recipe: Recipe, optimizer: Masked) -> DropRateScheduler | None:
     """Of the drop rate, to be stepped after every epoch."""
     if recipe.drop_schedule == "linear":
         return DropRateScheduler(optimizer, 0.0, recipe.epochs)

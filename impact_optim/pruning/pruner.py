@@ -367,7 +367,7 @@ class _Snapshot:
         self._params = [(param, param.data, param.grad) for param in params]
         self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
-        self._masks = [(mask, mask.factors) for mask in drawn_masks(pruner.optimizers, pruner.model)]
+        self._masks = [(mask, mask.draws) for mask in drawn_masks(pruner.optimizers, pruner.model)]
         self._restore_graph = pruner.graph.snapshot()
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.batches))
@@ -390,9 +390,9 @@ class _Snapshot:
         for optimizer, state in self._states:
             if optimizer.state is not state:
                 replace_state(optimizer, state)
-        for mask, factors in self._masks:
+        for mask, draws in self._masks:
             if not mask.is_over:
-                mask.factors = factors
+                mask.draws = draws
         self._restore_graph()
         statistics = self._pruner.statistics
         statistics.groups, statistics.batches = deepcopy(self._statistics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ..impact import Impact, attached_impacts, impact_of
-from ..importances import Mask
+from ..masks import Draw, Mask, TensorDraw
 from .attributes import integer_attributes, set_integer_attributes
 from .plan import PruneRecord
 from .stand_ins import named_tensors
@@ -68,10 +68,7 @@ def repair(
     new_states = [
         (optimizer, state) for optimizer in found if (state := _cut_state(optimizer, model, cuts)) is not None
     ]
-    new_factors = [
-        (mask, {p: select(factor, cuts[p].kept) if p in cuts else factor for p, factor in mask.factors.items()})
-        for mask in drawn_masks(found, model)
-    ]
+    new_draws = [(mask, _cut_draws(mask, cuts)) for mask in drawn_masks(found, model)]
     copies = [unwrapped(copy, model) for copy in _as_list(averaged, nn.Module)]
     new_tensors = [new for copy in copies for new in _cut_copy(copy, cuts)]
     old_states = [(optimizer, optimizer.state) for optimizer, _ in new_states]
@@ -82,14 +79,23 @@ def repair(
         for optimizer, state in old_states:
             replace_state(optimizer, state)
         raise
-    for mask, factors in new_factors:
-        mask.factors = factors
+    for mask, draws in new_draws:
+        mask.draws = draws
     for tensor, data, grad in new_tensors:
         tensor.grad = None  # one of another shape would be refused
         tensor.data = data
         tensor.grad = grad
     for copy in copies if cuts else ():
         set_integer_attributes(copy, integer_attributes(model))
+
+
+def _cut_draws(mask: Mask, cuts: Mapping[Tensor, _Cut]) -> dict[Tensor, Draw]:
+    """What the masks of a step hold for the weights that are left."""
+    if cuts.keys().isdisjoint(mask.draws):
+        return mask.draws
+    factors = {p: mask.factor(p) for p in mask.draws}
+    draw = TensorDraw({p: select(factor, cuts[p].kept) if p in cuts else factor for p, factor in factors.items()})
+    return dict.fromkeys(factors, draw)
 
 
 def _as_list(one_or_several: T | Iterable[T], *kinds: type) -> list[T]:

@@ -1,0 +1,1 @@
+"""Callbacks for the loops of others: ``integrations.lightning`` and ``integrations.transformers``."""
