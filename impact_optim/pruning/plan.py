@@ -30,7 +30,7 @@ class Plan:
     sizes: dict[tuple[str, str], int] = field(default_factory=dict)
     """Module and integer attribute -> its new value."""
     removed: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool))
-    """[units of the graph + 1]: which numbers go; the last entry answers for the label -1."""
+    """Whether the unit of a label goes; the last entry answers for the label -1."""
     made_for: dict[str, Tensor] = field(default_factory=dict)
     """Group -> the original positions of the units that it had when the plan was made."""
 
