@@ -50,7 +50,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -67,7 +67,8 @@ from impact_optim import ImpactSGD
 from impact_optim.experiments.data import Data, load_data
 from impact_optim.experiments.models import build_model
 from impact_optim.experiments.training import evaluate
-from impact_optim.pruning import ActivationPruner, UnitGroup, ramp
+from impact_optim.pruning import ActivationPruner, Plan, UnitGroup, ramp
+from impact_optim.pruning.budget import Budget, Scores
 from impact_optim.pruning.criteria import CRITERIA, SPLITS, Context, Criterion, mean_over_places
 from impact_optim.pruning.report import model_size
 from impact_optim.pruning.statistics import UnitStatistics
@@ -256,32 +257,28 @@ VARIANTS: dict[str, Callable[[], Criterion]] = {
 OUR_SPLITS = ("share", "percost")
 
 
-class RecipePruner(ActivationPruner):
-    """A pruner with what is tried here and not in the package: two more splits, and fractions of the parameters.
+class RecipeBudget(Budget):
+    """What is tried here and not in the package: two more splits, and fractions of the parameters.
 
     ``"share"``: units of all layers stand in one line by their share of their layer's scores. ``"percost"``: by that
     over the MACs (or parameters, whichever is the target) which go with one unit of the layer.
     """
 
-    def __init__(self, *arguments: Any, split: str, of: str, **options: Any) -> None:
-        self.our_split, self.of = split if split in OUR_SPLITS else None, of
-        inner = "uniform" if self.our_split else split
-        super().__init__(*arguments, split=inner, target="macs" if of == "macs" else "units", **options)
-        self._original_parameters = self._size.parameters[""]
+    our_split, of = "", ""
 
-    def _choose(self, fraction: float, scores: Any) -> dict[str, Tensor]:
+    def plan(self, fraction: float, scores: Scores) -> Plan:
         if self.our_split:
             self._cost = self._costs(scores.values) if self.our_split == "percost" else {}
         if self.of == "macs":
-            return super()._choose(fraction, scores)
-        wanted = (1 - fraction) * self._original_parameters
+            return super().plan(fraction, scores)
+        wanted = (1 - fraction) * self.original_parameters
         low, high = 0.0, 1.0
-        best: tuple[float, dict[str, Tensor]] = (self._size.parameters[""] - wanted, {})
+        best: tuple[float, Plan] = (self.size.parameters[""] - wanted, self.graph.plan({}))
         for _ in range(12):
             asked = (low + high) / 2
-            chosen = self._lowest(asked, scores)
-            left = model_size(self.model, self._inputs, self.graph.plan(chosen)).parameters[""]
-            best = min(best, (abs(left - wanted), chosen), key=lambda pair: pair[0])
+            plan = self.lowest(asked, scores)
+            left = self.size_with(plan).parameters[""]
+            best = min(best, (abs(left - wanted), plan), key=lambda pair: pair[0])
             low, high = (asked, high) if left > wanted else (low, asked)
         return best[1]
 
@@ -290,18 +287,18 @@ class RecipePruner(ActivationPruner):
         costs = {}
         for name in values:
             if self.graph.groups[name].size > 1:
-                size = model_size(self.model, self._inputs, self.graph.plan({name: torch.tensor([0])}))
-                now, then = (s.macs[""] if self.of == "macs" else s.parameters[""] for s in (self._size, size))
+                size = self.size_with(self.graph.plan({name: torch.tensor([0])}))
+                now, then = (s.macs[""] if self.of == "macs" else s.parameters[""] for s in (self.size, size))
                 costs[name] = float(now - then)
         return costs
 
-    def _lowest(self, fraction: float, scores: Any) -> dict[str, Tensor]:
+    def lowest(self, fraction: float, scores: Scores) -> Plan:
         if not self.our_split:
-            return super()._lowest(fraction, scores)
+            return super().lowest(fraction, scores)
         places = []
         for name, score in scores.values.items():
             group, score = self.graph.groups[name], score.double()
-            least = max(self.min_units, math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9), 1)
+            least = max(math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9), 1)
             share = score / score.sum().clamp_min(1e-300) / self._cost.get(name, 1.0)
             order = score.argsort(stable=True)[: max(0, group.size - least)]
             places += [(share[unit].item(), name, int(unit)) for unit in order]
@@ -310,7 +307,20 @@ class RecipePruner(ActivationPruner):
         chosen: dict[str, list[int]] = {}
         for _, name, unit in places[: round(fraction * total)]:
             chosen.setdefault(name, []).append(unit)
-        return {name: torch.tensor(sorted(units)) for name, units in chosen.items()}
+        return self.graph.plan({name: torch.tensor(sorted(units)) for name, units in chosen.items()})
+
+
+class RecipePruner(ActivationPruner):
+    """A pruner with a :class:`RecipeBudget`."""
+
+    def __init__(self, *arguments: Any, split: str, of: str, **options: Any) -> None:
+        ours = split in OUR_SPLITS
+        target = "macs" if of == "macs" else "units"
+        super().__init__(*arguments, split="uniform" if ours else split, target=target, **options)
+        budget = RecipeBudget(**{each.name: getattr(self.budget, each.name) for each in fields(Budget)})
+        budget.our_split, budget.of = split if ours else "", of
+        budget.original_parameters = budget.size.parameters[""]
+        self.budget = budget
 
 
 # ------------------------------------------------------------------------------- a run

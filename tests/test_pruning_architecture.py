@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from impact_optim.pruning import open_heads, trace
 from impact_optim.pruning.architecture import _digest, load_pruned, save_pruned
-from impact_optim.pruning.graph import trace
 from impact_optim.pruning.surgery import cut
 
 NETWORK = """
@@ -151,6 +151,44 @@ def test_tied_weights_are_kept_once_and_stay_tied(tmp_path):
     untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
     with pytest.raises(ValueError, match=r"there is a tensor 'head.weight' only here"):
         load_pruned(untied, tmp_path)
+
+
+def test_open_heads_are_kept_and_asked_for(tmp_path):
+    def build():
+        return nn.TransformerEncoderLayer(12, 3, 16, batch_first=True)
+
+    x = torch.randn(2, 5, 12)
+    model = open_heads(build()).eval()
+    graph = trace(model, x)
+    cut(model, graph, {"self_attn": [1], "linear1": [0, 3]})
+    save_pruned(model, tmp_path)
+    assert torch.equal(load_pruned(open_heads(build()).eval(), tmp_path)(x), model(x))
+    with pytest.raises(ValueError, match="'self_attn' is MultiheadAttention here, OpenMultiheadAttention there"):
+        load_pruned(build(), tmp_path)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(5, 8, num_layers=2, bidirectional=True, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+def test_recurrent_layers_are_kept_and_train_on(tmp_path):
+    x, model = torch.randn(2, 4, 5), Reader()
+    graph = trace(model, x)
+    cut(model, graph, {"rnn": [0, 3, 4]})
+    save_pruned(model, tmp_path)
+    loaded = load_pruned(Reader(), tmp_path)
+    assert loaded.rnn.hidden_size == 5
+    assert torch.equal(loaded(x), model(x))
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    loaded(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(loaded(x), model(x))
+    assert copy.deepcopy(loaded)(x).equal(loaded(x))
 
 
 def test_a_loaded_network_can_be_saved_again(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import functools
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 
-from impact_optim.pruning import cut, trace
+import impact_optim.pruning
+from impact_optim.pruning import cut, open_heads, trace
 
 Unit = tuple[str, int]
 """Group, and number in it."""
@@ -423,6 +426,17 @@ def sizes_that_are_properties() -> Case:
     return Case(model, tokens(), {"0": 6}, {"2": (-1, of("0", 6))})
 
 
+@case
+def largest_of_all_tokens() -> Case:
+    """What goes along a dimension of tokens leaves the units alone."""
+    model = Run(
+        lambda m, x: m.b(m.a(x).topk(3, dim=1).values.sort(dim=1).values.flatten(1)),
+        a=nn.Linear(12, 6),
+        b=nn.Linear(18, 2),
+    )
+    return Case(model, tokens(), {"a": 6}, {"b": (-1, [("a", unit) for _ in range(3) for unit in range(6)])})
+
+
 # -- attention: a head is a unit --
 
 
@@ -680,6 +694,11 @@ def test_what_cannot_be_cut_is_named(how: str, why: str) -> None:
     assert why in graph.frozen["a"]
 
 
+def test_groups_of_a_convolution_of_the_image_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    check(Case(model, image(4), {"2": 6}, {"4": (1, of("2", 6))}))
+
+
 def test_units_that_stay_are_not_taken_for_one_another() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)
@@ -693,18 +712,206 @@ def test_multihead_attention_keeps_its_heads_and_the_rest_is_cut() -> None:
     model = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, norm_first=True)
     graph = trace(randomised(model), tokens())
     assert {name: group.size for name, group in graph.groups.items()} == {"linear1": 16}
-    assert "embed_dim" in graph.frozen["self_attn.in_proj_weight"]
+    assert "embed_dim" in graph.frozen["self_attn"]
     frozen = copy.deepcopy(model).requires_grad_(False)  # which would take another path through the attention
     assert trace(frozen, tokens()).groups.keys() == graph.groups.keys()
 
 
-def test_recurrent_layers_are_not_cut() -> None:
-    model = Run(lambda m, x: m.b(m.rnn(m.a(x))[0]), a=nn.Linear(12, 6), rnn=nn.LSTM(6, 5), b=nn.Linear(5, 2))
-    before = run(randomised(model), tokens())
-    graph = trace(model, tokens())
+def attention_arguments(how: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """Of a forward pass of attention with 12 wide inputs and 3 heads."""
+    x, y = (torch.randn(2, n, 12, dtype=torch.float64) for n in (5, 4))
+    if how == "masks":
+        padding = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1]]).double().masked_fill(torch.eye(4)[:2] == 1, -torch.inf)
+        return (x, y, y), {"key_padding_mask": padding, "attn_mask": torch.randn(5, 4, dtype=torch.float64)}
+    if how == "causal":
+        mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+        return (x, x, x), {"attn_mask": mask, "is_causal": True, "need_weights": False}
+    if how == "a mask for each head":
+        return (x, y, y), {"attn_mask": torch.rand(6, 5, 4) > 0.8, "average_attn_weights": False}
+    if how == "one sample":
+        return (x[0], y[0], y[0]), {"key_padding_mask": torch.tensor([False, False, True, False])}
+    return (x, x, x), {"need_weights": how == "weights"}
+
+
+@pytest.mark.parametrize("how", ["plain", "weights", "masks", "causal", "a mask for each head", "one sample"])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True}, {"kdim": 12, "vdim": 12, "bias": False, "batch_first": True}]
+)
+def test_open_attention_is_that_of_torch(how: str, options: dict[str, Any]) -> None:
+    inputs, masks = attention_arguments(how)
+    if not options.get("batch_first") and how != "one sample":
+        inputs = tuple(tensor.transpose(0, 1) for tensor in inputs)
+    model = nn.MultiheadAttention(12, 3, **options)
+    if "kdim" in options:  # torch makes them separate only where the widths differ
+        model.q_proj_weight, model.k_proj_weight, model.v_proj_weight = (
+            nn.Parameter(part.clone()) for part in model.in_proj_weight.chunk(3)
+        )
+        model.register_parameter("in_proj_weight", None)
+        model._qkv_same_embed_dim = False
+    model = randomised(model)
+    opened = open_heads(copy.deepcopy(model))
+    assert type(opened) is not type(model)
+    assert opened.state_dict().keys() == model.state_dict().keys()
+    for one, other in zip(model(*inputs, **masks), opened(*inputs, **masks), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_open_attention_drops_out_as_torch_does_and_needs_the_mask_it_is_told_of(need_weights: bool) -> None:
+    model = randomised(nn.MultiheadAttention(12, 3, dropout=1.0, batch_first=True))
+    opened, (x,) = open_heads(copy.deepcopy(model)), tokens()
+    assert not torch.equal(opened(x, x, x, need_weights=need_weights)[0], model.out_proj.bias.expand_as(x))
+    dropped = opened.train()(x, x, x, need_weights=need_weights)[0]
+    assert torch.equal(dropped, model.out_proj.bias.expand_as(x))
+    assert torch.equal(dropped, model.train()(x, x, x, need_weights=need_weights)[0])
+    with pytest.raises(ValueError, match="hand in the mask"):
+        opened(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_heads_of_open_multihead_attention_are_cut(norm_first: bool) -> None:
+    model = open_heads(nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, norm_first=norm_first))
+    check(Case(model, tokens(), {"self_attn": 3, "linear1": 16}, {}))
+    left = model.self_attn.num_heads
+    assert left < 3
+    assert model.self_attn.in_proj_weight.shape == (3 * left * 4, 12)
+    assert model.self_attn.out_proj.in_features == left * 4
+
+
+def test_a_whole_transformer_is_cut_and_evaluates_with_padding() -> None:
+    model = open_heads(nn.Transformer(12, 4, 1, 1, 16, batch_first=True))
+    inputs = (*tokens(), torch.randn(2, 4, 12, dtype=torch.float64))
+    heads = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"]
+    groups = dict.fromkeys(heads, 4)
+    groups |= {f"{name}.layers.0.linear1": 16 for name in ("encoder", "decoder")}
+    check(Case(model, inputs, groups, {}))
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    masked = model.eval()(*inputs, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    with torch.no_grad():  # where torch's own layers would take a kernel of their own
+        again = model(*inputs, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    torch.testing.assert_close(again, masked)
+    inputs[0][1, 3:] = 7.0
+    torch.testing.assert_close(model(*inputs, src_key_padding_mask=padding, memory_key_padding_mask=padding), masked)
+
+
+def test_attention_with_more_keys_than_its_input_has_stays_as_it_is() -> None:
+    kept = nn.Sequential(
+        nn.MultiheadAttention(12, 3, add_bias_kv=True), nn.MultiheadAttention(12, 3, add_zero_attn=True)
+    )
+    assert all(type(module) is nn.MultiheadAttention for module in open_heads(kept))
+
+
+def recurrent(kind: type[nn.RNNBase], **options: Any) -> nn.Module:
+    width = 5 * (2 if options.get("bidirectional") else 1)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.relu(m.rnn(m.a(x))[0]))
+
+    return Run(forward, a=nn.Linear(12, 6), rnn=kind(6, 5, batch_first=True, **options), b=nn.Linear(width, 2))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "dropout": 0.0}])
+def test_hidden_units_of_recurrent_layers_are_cut(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    model = recurrent(kind, **options)
+    check(Case(model, tokens(), {"a": 6, "rnn": 5}, {}))
+    left = model.rnn.weight_hh_l0.shape[1]
+    assert (model.rnn.hidden_size, model.rnn.input_size) == (left, model.rnn.weight_ih_l0.shape[1])
+    assert left < 5
+    assert model.b.in_features == left * (2 if options.get("bidirectional") else 1)
+
+
+def test_recurrent_layers_that_tell_their_state_or_project_it_are_not_cut() -> None:
+    for options in ({"proj_size": 3}, {}):
+        rnn, width = nn.LSTM(6, 5, **options), options.get("proj_size", 5)
+        model = Run(lambda m, x: (m.b(m.rnn(m.a(x))[0]), m.rnn(m.a(x))[1]), a=nn.Linear(12, 6), rnn=rnn)
+        model.b = nn.Linear(width, 2)
+        inputs = tokens()
+        before = run(randomised(model), inputs)
+        assert "rnn" not in trace(model, inputs).groups
+        assert difference(before, run(model, inputs)) == 0  # its own list of weights is the one with data again
+
+
+def test_states_that_are_handed_in_keep_the_hidden_units() -> None:
+    model = Run(lambda m, x, h: m.b(m.rnn(x, h)[0]), rnn=nn.GRU(12, 5, batch_first=True), b=nn.Linear(5, 2))
+    inputs = (*tokens(), torch.randn(1, 2, 5, dtype=torch.float64))
+    graph = trace(randomised(model), inputs)
     assert not graph.groups
-    assert "aten::lstm" in graph.frozen["a"]
-    assert difference(before, run(model, tokens())) >= 0  # its own list of weights is none without data
+    assert "not cut" in graph.frozen["rnn"]
+
+
+class Deformable(nn.Module):
+    """Attention that looks at few places, as in Deformable DETR: each head samples an image where a token says."""
+
+    def __init__(self, computed: bool, heads: int = 3, width: int = 4, points: int = 2) -> None:
+        super().__init__()
+        self.n_heads, self.n_points, self.d_model, self.computed = heads, points, heads * width, computed
+        self.value, self.out = nn.Linear(12, heads * width), nn.Linear(heads * width, 12)
+        self.offsets, self.weights = nn.Linear(12, heads * points * 2), nn.Linear(12, heads * points)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        height, width = image.shape[1:3]
+        each = self.d_model // self.n_heads if self.computed else -1
+        value = self.value(image).view(batch, height * width, self.n_heads, each)
+        value = value.flatten(2).transpose(1, 2).reshape(batch * self.n_heads, -1, height, width)
+        places = self.offsets(x).view(batch, length, self.n_heads, self.n_points, 2).sigmoid() * 2 - 1
+        places = places.transpose(1, 2).flatten(0, 1)
+        seen = F.grid_sample(value, places, align_corners=False)
+        weights = self.weights(x).view(batch, length, self.n_heads, self.n_points).softmax(-1)
+        weights = weights.transpose(1, 2).reshape(batch * self.n_heads, 1, length, self.n_points)
+        seen = (seen * weights).sum(-1).view(batch, -1, length)
+        return self.out(seen.transpose(1, 2))
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_heads_of_deformable_attention_are_units(computed: bool) -> None:
+    inputs = (*tokens(), torch.randn(2, 4, 5, 12, dtype=torch.float64))
+    model = Deformable(computed)
+    check(Case(model, inputs, {"value": 3}, {"out": (-1, of("value", 3, 4))}))
+    assert model.n_heads < 3
+    assert model.d_model == (4 * model.n_heads if computed else 12)
+
+
+class Diffusion(nn.Module):
+    """Self-attention of diffusion models: over the places of an image, from one convolution, with its own scale."""
+
+    def __init__(self, how: str, heads: int = 3, width: int = 4) -> None:
+        super().__init__()
+        self.how, self.heads, self.scale = how, heads, width**-0.25
+        self.norm, self.body = nn.GroupNorm(2, 8), nn.Conv2d(3, 8, 1)
+        self.qkv, self.proj = nn.Conv1d(8, 3 * heads * width, 1), nn.Conv1d(heads * width, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x).flatten(2))
+        if self.how == "chunked":  # guided-diffusion, new order
+            q, k, v = qkv.chunk(3, dim=1)
+            q, k, v = (part.reshape(batch * self.heads, -1, part.shape[-1]) for part in (q, k, v))
+        elif self.how == "split":  # guided-diffusion, legacy order
+            each = qkv.shape[1] // (3 * self.heads)
+            q, k, v = qkv.reshape(batch * self.heads, 3 * each, -1).split(each, dim=1)
+        elif self.how == "literal":  # and with numbers written down
+            q, k, v = (part.reshape(batch * 3, 4, -1) for part in qkv.chunk(3, dim=1))
+        scores = torch.einsum("bct,bcs->bts", q * self.scale, k * self.scale).softmax(-1)
+        seen = torch.einsum("bts,bcs->bct", scores, v).reshape(batch, -1, height * width)
+        return x + self.proj(seen).view(batch, channels, height, width)
+
+
+@pytest.mark.parametrize("how", ["chunked", "split"])
+def test_heads_of_diffusion_models_are_units(how: str) -> None:
+    model = Diffusion(how)
+    check(Case(model, image(), {"qkv": 3}, {"proj": (1, of("qkv", 3, 4))}))
+    assert model.heads == model.proj.in_channels // 4
+
+
+def test_heads_whose_number_is_written_down_stay() -> None:
+    graph = trace(randomised(Diffusion("literal")), image())
+    assert not graph.groups
+    assert "follow" in graph.frozen["qkv"]
 
 
 def test_weight_standardisation_keeps_the_inputs_of_a_layer() -> None:
@@ -933,8 +1140,18 @@ def test_the_table_names_groups_and_reasons() -> None:
     text = str(
         trace(randomised(nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 2))), tokens())
     )
-    assert "2      6      6    2.weight[0], 2.bias[0], 3.weight[1]" in text
+    assert "2      6 neurons  2        3" in text
     assert "not cut: 0: aten::layer_norm in 1 mixes the units" in text
+    block = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 2, 1))
+    attention = Run(lambda m, x: m.attend(x), attend=Attention("fused", 4, 4))
+    for model, inputs, line in (
+        (nn.Sequential(block), image(), r"0\.0 +4 groups of 2 channels +\.0, \.1 +\.2"),
+        (attention, tokens(), r"attend\.qkv +4 heads of 4 +\.qkv +\.proj"),
+    ):
+        graph = trace(randomised(model), inputs)
+        assert re.search(line, str(graph)), str(graph)
+    cut(attention, graph, {"attend.qkv": [1]})
+    assert "3 of 4 heads of 4" in str(graph)
 
 
 def test_observations_show_the_units_of_a_group() -> None:
@@ -994,3 +1211,13 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_cut_equals_masked(name: str) -> None:
     check(CASES[name]())
+
+
+@pytest.mark.parametrize("module", [impact_optim.pruning, impact_optim.pruning.pruner])
+def test_docstring_examples(module: Any) -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = [test for test in finder.find(module) if test.examples and "train_one_epoch" not in test.docstring]
+    assert examples
+    runner = doctest.DocTestRunner()
+    for example in examples:
+        assert runner.run(example).failed == 0

@@ -17,13 +17,15 @@ from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from impact_optim.pruning import cut, trace
+from impact_optim.pruning import cut, open_heads, trace
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 
 CLASSIFICATION = torchvision.models.list_models(module=torchvision.models)
 SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
+OPEN = ["vit_b_16"]
+"""Classification models with ``nn.MultiheadAttention``, whose heads can be cut once they are opened."""
 VIDEO = torchvision.models.list_models(module=torchvision.models.video)
 DETECTION = torchvision.models.list_models(module=torchvision.models.detection)
 TIMM = [
@@ -52,6 +54,16 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 50, "hidden_size": 24, "n_layer": 2, "n_head": 4},
     "clip_vision_model": _IMAGES,
     "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "deformable_detr": {
+        "use_timm_backbone": False,
+        "backbone_config": {
+            "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
+            "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
+        },
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "num_queries": 7,
+        "num_feature_levels": 3,
+    },
     "deit": _IMAGES,
     "dinov2": _IMAGES,
     "distilbert": {"vocab_size": 50, "dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40},
@@ -80,10 +92,11 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "t5": {**_TOKENS, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4},
     "vit": _IMAGES,
     "whisper": {**_BOTH, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16},
-}
+}  # fmt: skip
 HEADS = {
     "bert": 8,
     "bart": 24,
+    "deformable_detr": 24,
     "gpt2": 8,
     "gpt_neox": 8,
     "phi": 8,
@@ -116,7 +129,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
         side = 224 if short.startswith(("mvit", "s3d")) else 64
         return torchvision.models.get_model(short, weights=None), (torch.randn(1, 3, 16, side, side),)
     options: dict[str, Any] = {"weights": None}
-    if family != "torchvision":
+    if family not in ("torchvision", "open"):
         options["weights_backbone"] = None
     side = next((side for start, side in SIDES.items() if short.startswith(start)), 64)
     if short.startswith("vit"):
@@ -126,7 +139,8 @@ def build(name: str) -> tuple[nn.Module, Any]:
     if family == "segmentation" and not short.startswith("lraspp"):
         options["aux_loss"] = True
     model = torchvision.models.get_model(short, **options)
-    return model.backbone if family == "detection" else model, (torch.randn(2, 3, side, side),)
+    model = model.backbone if family == "detection" else open_heads(model) if family == "open" else model
+    return model, (torch.randn(2, 3, side, side),)
 
 
 def build_transformer(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -154,6 +168,7 @@ def tally() -> Generator[list[str], None, None]:
 
 NAMES = [
     *(f"torchvision/{name}" for name in CLASSIFICATION),
+    *(f"open/{name}" for name in OPEN),
     *(f"segmentation/{name}" for name in SEGMENTATION),
     *(f"video/{name}" for name in VIDEO),
     *(f"detection/{name}" for name in DETECTION),
@@ -183,6 +198,8 @@ def test_cut_equals_masked(name: str, tally: list[str]) -> None:
     assert units_before, "nothing can be cut"
     if (heads := HEADS.get(name.removeprefix("transformers/"))) is not None and name.startswith("transformers"):
         assert sum(size for group, size in units_before.items() if re.search(r"att|Attention", group)) == heads
+    if name.startswith("open"):
+        assert sum(size for group, size in units_before.items() if "attention" in group) == 12 * 12
     generator = torch.Generator().manual_seed(0)
     before, worst = sum(parameter.numel() for parameter in model.parameters()), 0.0
     slowest = 0.0

@@ -193,10 +193,50 @@ def around(kind, model, **options):
     return Impact(model, base, **options), base
 
 
+class Both:
+    """Muon for matrices and AdamW for the rest, as one optimizer, with an engine around them."""
+
+    def __init__(self, model, lr=0.02, **options):
+        muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=lr)
+        adamw = torch.optim.AdamW([p for p in model.parameters() if p.dim() != 2], lr=lr)
+        self.optimizers = [muon, adamw]
+        self.impact = Impact(model, self.optimizers, **options)
+
+    def __iter__(self):
+        return iter(self.optimizers)
+
+    def step(self):
+        for optimizer in self:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self:
+            optimizer.zero_grad()
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self, states, strict=True):
+            optimizer.load_state_dict(state)
+
+    @property
+    def state(self):
+        return {p: state for optimizer in self for p, state in optimizer.state.items()}
+
+
+def around_both(model, **options):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    both = Both(model, **options)
+    return both.impact, both
+
+
 IMPACTS = {
     "ImpactSGD": lambda model, **options: (ImpactSGD(model, lr=0.05, momentum=0.9, **options),) * 2,
     "ImpactAdamW": lambda model, **options: (ImpactAdamW(model, lr=0.02, **options),) * 2,
     "Impact(RMSprop)": lambda model, **options: around(torch.optim.RMSprop, model, **options),
+    "Impact(Muon, AdamW)": around_both,
 }
 
 
@@ -281,29 +321,17 @@ def test_zeros_that_are_held_stay_zero(impact_on):
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_an_impact_around_two_optimizers_stands_for_both():
-    model = network()
-    muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.02)
-    adamw = torch.optim.AdamW([p for p in model.parameters() if p.dim() != 2], lr=0.02)
-    impact = Impact(model, [muon, adamw], drop_rate=0.3)
-    x = torch.ones(2, 5).double()
-
-    def train():
-        impact_loss = model(x).square().sum()
-        for optimizer in (muon, adamw):
-            optimizer.zero_grad()
-        impact_loss.backward()
-        for optimizer in (muon, adamw):
-            optimizer.step()
-
-    train()
+    model, x = network(), torch.ones(2, 5).double()
+    both = Both(model, drop_rate=0.3)
+    step(model, both, 0)
+    muon, adamw = both
     with pytest.raises(ValueError, match=r"AdamW trains this Sequential with masks.*hand it in, as optimizer="):
         ActivationPruner(model, x[:1], {1: 0.5}, optimizer=muon)
-    assert ActivationPruner(model, x[:1], {1: 0.5}, optimizer=impact).optimizers == [muon, adamw]
+    assert ActivationPruner(model, x[:1], {1: 0.5}, optimizer=both.impact).optimizers == [muon, adamw]
     shrink(model)
-    repair(RECORDS, model, optimizers=impact)
-    for optimizer in (muon, adamw):
-        assert all(v.shape == p.shape for p, s in optimizer.state.items() for v in s.values() if v.dim())
-    train()
+    repair(RECORDS, model, optimizers=both.impact)
+    assert all(v.shape == p.shape for p, state in both.state.items() for v in state.values() if v.dim())
+    step(model, both, 1)
 
 
 # ------------------------------------------------------------------------------- groups, copies, several

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from masked_networks import deafened, difference, draw, randomised, run, silenced, tensors
 from torch import Tensor, nn
 
-from impact_optim.pruning import UnitGraph, cut, surgery, trace
+from impact_optim.pruning import UnitGraph, cut, open_heads, surgery, trace
 
 # -- random architectures: every block takes and gives [batch, channels, 4, 4], and keeps zeros zero --
 
@@ -126,7 +126,33 @@ class Folded(nn.Module):
         return F.pixel_unshuffle(F.leaky_relu(self.mix(F.pixel_shuffle(self.lift(x), 2))), 2)
 
 
-BLOCKS = [Residual, Dense, Gated, Grouped, Separable, Shuffled, Attention, Squeezed, Folded]
+class Recurrent(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(channels, width, num_layers=2, bidirectional=True, batch_first=True)
+        self.read = nn.Linear(2 * width, channels)
+        self.out = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.rnn(x.flatten(2).transpose(1, 2))[0]).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Multihead(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.lift, self.attend = nn.Linear(channels, 3 * width), open_heads(nn.MultiheadAttention(3 * width, width))
+        self.read = nn.Linear(3 * width, channels)
+        self.out = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.lift(x.flatten(2).permute(2, 0, 1))
+        y, _ = self.attend(tokens, tokens, tokens, need_weights=False)
+        return x + self.read(y).permute(1, 2, 0).reshape(x.shape)
+
+
+BLOCKS = [
+    Residual, Dense, Gated, Grouped, Separable, Shuffled, Attention, Squeezed, Folded, Recurrent, Multihead
+]  # fmt: skip
 
 
 @st.composite
@@ -352,7 +378,7 @@ def test_a_failure_at_any_stage_changes_nothing(stage: str, at: int, monkeypatch
         "select": (surgery, "select"),
         "give": (surgery, "_give"),
         "graph": (UnitGraph, "forget"),
-        "relist": (UnitGraph, "_relist"),
+        "relist": (UnitGraph, "relist"),
     }
     with monkeypatch.context() as patch:
         if stage == "attribute":
@@ -402,6 +428,21 @@ def test_a_model_that_has_changed_is_refused() -> None:
     model[3] = nn.Conv2d(8, 7, 1).double()
     with pytest.raises(RuntimeError, match=r"3\.weight has shape \(7, 8, 1, 1\)"):
         cut(model, graph, {"0": [1]})
+
+
+def test_a_plan_is_carried_out_as_long_as_it_fits() -> None:
+    model = small()
+    graph = trace(model, INPUT)
+    plan, other = graph.plan({"0": [1, 2]}), graph.plan({"3": [0]})
+    reference = deafened(model, graph, {"0": [1, 2]})
+    records = cut(model, graph, plan)
+    assert [(record.name, record.dim) for record in records] == [(record.name, record.dim) for record in plan.records]
+    assert difference(run(reference, INPUT), run(model, INPUT)) < 1e-12
+    for stale in (plan, other):
+        before = state(model, graph)
+        with pytest.raises(ValueError, match="another cut has been made"):
+            cut(model, graph, stale)
+        assert same(before, state(model, graph))
 
 
 def test_a_model_that_would_not_run_is_refused_with_the_line() -> None:

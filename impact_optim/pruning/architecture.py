@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .labels import counts_units
+from .attributes import integer_attributes, is_integral, may_shrink, set_integer_attributes
 
 __all__ = ["load_pruned", "save_pruned"]
 
@@ -88,16 +88,6 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 # ------------------------------------------------------------------------------- attributes
 
 
-def integer_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module name -> attribute -> value, of the attributes that are integers, or lists or tuples of integers."""
-    attributes = {}
-    for name, module in model.named_modules():
-        found = {key: value for key, value in vars(module).items() if _is_integral(value)}
-        if found:
-            attributes[name] = found
-    return attributes
-
-
 def _kept_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What tells a network: the integer attributes of torch's layers, and others that a cut may set.
 
@@ -105,7 +95,7 @@ def _kept_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """
     modules = dict(model.named_modules())
     return {
-        name: {key: value for key, value in found.items() if _is_torchs(modules[name], key) or _may_shrink(key, value)}
+        name: {key: value for key, value in found.items() if _is_torchs(modules[name], key) or may_shrink(key, value)}
         for name, found in integer_attributes(model).items()
     }
 
@@ -114,35 +104,10 @@ def _is_torchs(module: nn.Module, key: str) -> bool:
     return type(module).__module__.startswith("torch.nn.") or key in getattr(module, "__constants__", ())
 
 
-def _may_shrink(key: str, value: Any) -> bool:
-    """Whether a cut, or code that follows one, may make an attribute smaller."""
-    return isinstance(value, list | tuple) or counts_units(key) or key in ("groups", "num_groups", "num_parameters")
-
-
 def _is_shrunk(old: Any, value: Any) -> bool:
     if isinstance(old, list | tuple) and isinstance(value, list):
         return len(old) == len(value) and all(a == b or _is_shrunk(a, b) for a, b in zip(old, value, strict=True))
     return isinstance(old, int) and isinstance(value, int) and 0 < value < old
-
-
-def set_integer_attributes(model: nn.Module, attributes: dict[str, dict[str, Any]]) -> None:
-    """Gives the modules of a model the values of :func:`integer_attributes`, for the attributes that they have."""
-    for name, module in model.named_modules():
-        for key, value in attributes.get(name, {}).items():
-            old = vars(module).get(key)
-            if _is_integral(old) and old != (value := _as_type_of(old, value)):
-                setattr(module, key, value)
-
-
-def _is_integral(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_integral(item) for item in value)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_type_of(old: Any, value: Any) -> Any:
-    """JSON has lists only."""
-    return type(old)(value) if isinstance(value, list | tuple) and isinstance(old, list | tuple) else value
 
 
 # ------------------------------------------------------------------------------- reading
@@ -172,7 +137,7 @@ def _read_architecture(folder: Path) -> dict[str, Any]:
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Save the network again") from error
     architecture = text["architecture"]
-    for part, is_entry in (("types", _is_text), ("shapes", _is_integral), ("sizes", _is_mapping_of_integers)):
+    for part, is_entry in (("types", _is_text), ("shapes", is_integral), ("sizes", _is_mapping_of_integers)):
         entries = architecture.get(part) if isinstance(architecture, dict) else None
         if not isinstance(entries, dict) or not all(map(is_entry, entries.values())):
             raise ValueError(f"{path} is damaged: its {part} are not what save_pruned() writes. Save the network again")
@@ -184,7 +149,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_mapping_of_integers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_integral, value.values()))
+    return isinstance(value, dict) and all(map(is_integral, value.values()))
 
 
 def _read_weights(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -236,7 +201,7 @@ def _check_sizes(model: nn.Module, architecture: dict[str, Any], path: Path) -> 
         for key in {**here, **there}:
             old, value = here.get(key), there.get(key)
             fixed = isinstance(old, list | tuple) and _is_torchs(modules[name], key)  # a stride, a kernel
-            shrunk = not fixed and _may_shrink(key, old) and _is_shrunk(old, value)
+            shrunk = not fixed and may_shrink(key, old) and _is_shrunk(old, value)
             if not shrunk and value != (list(old) if isinstance(old, tuple) else old):
                 raise ValueError(
                     f"{kind} cannot become the model of {path}: {key} of {name or 'the model'!r} is {old!r} here, "

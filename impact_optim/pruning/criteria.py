@@ -179,10 +179,8 @@ def units_to_remove(
     *,
     split: str = "uniform",
     statistics: Mapping[str, Sequence[UnitStatistics]] | None = None,
-    costs: Mapping[str, float | Tensor] | None = None,
     round_to: int | Mapping[str, int] = 8,
     min_units: int | Mapping[str, int] = 1,
-    max_ratio: float = 1.0,
 ) -> dict[str, Tensor]:
     r"""The units with the lowest scores that make up a fraction of the network.
 
@@ -202,15 +200,12 @@ def units_to_remove(
 
     Args:
         scores: by group, [units].
-        fraction: of the sum of all costs, in [0, 1].
+        fraction: of all units, in [0, 1].
         split: one of the three.
         statistics: by group, for ``"rademacher"``.
-        costs: by group, what removing a unit saves, as one number or as [units], ≥ 0 (multiply-accumulates, say); 1 by
-            default, for a fraction of units.
         round_to: the number of units left is a multiple of it, or all; in a group smaller than twice that, of its
             half, its quarter, and so on. One number, or by group; see :func:`units_per_step`.
         min_units: units that must be left, at least 1. One number, or by group.
-        max_ratio: the largest share of a group's units that may go.
 
     Returns:
         By group, the positions to remove, int64, ascending; groups that lose nothing are left out.
@@ -218,30 +213,25 @@ def units_to_remove(
     Raises:
         ValueError: an argument is out of its range.
     """
-    if not (0.0 <= fraction <= 1.0 and 0.0 <= max_ratio <= 1.0):
-        raise ValueError(f"fraction and max_ratio must be in [0, 1], but are {fraction} and {max_ratio}")
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"fraction must be in [0, 1], but is {fraction}")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {SPLITS}")
-    orders, steps, total = {}, [], 0.0
+    orders, steps = {}, []
     for name, score in scores.items():
         score = score.detach().cpu().double()
         if not score.isfinite().all():
             raise ValueError(f"{int((~score.isfinite()).sum())} scores of {name!r} are not finite")
-        cost = torch.as_tensor(1.0 if costs is None else costs[name]).cpu().double().expand_as(score)
-        if not (cost >= 0).all():
-            raise ValueError(f"some costs of {name!r} are negative")
         orders[name] = order = score.argsort(stable=True)
         height = _height(split, name, score[order], order, statistics)
-        least = max(_of_group(min_units, name), math.ceil(len(score) * (1.0 - max_ratio) - 1e-9), 1)
-        spent = torch.nn.functional.pad(cost[order].cumsum(0), (1, 0))
-        total += spent[-1].item()
-        key = -math.inf
-        for a, b in itertools.pairwise(_stops(len(score), _of_group(round_to, name), least)):
+        key, stops = -math.inf, _stops(len(score), _of_group(round_to, name), _of_group(min_units, name))
+        for a, b in itertools.pairwise(stops):
             key = max(key, ((height[b] - height[a]) / (b - a) if split == "global" else height[a] + height[b]).item())
-            steps.append(_Step(key, name, b, (spent[b] - spent[a]).item()))
+            steps.append(_Step(key, name, b, b - a))
     steps.sort(key=lambda step: step.key)  # stable: the steps of a group stay in order
-    reached = list(itertools.accumulate((step.cost for step in steps), initial=0.0))
-    number = min(range(len(reached)), key=lambda i: abs(reached[i] - fraction * total))
+    reached = list(itertools.accumulate((step.units for step in steps), initial=0))
+    wanted = fraction * sum(map(len, scores.values()))
+    number = min(range(len(reached)), key=lambda i: abs(reached[i] - wanted))
     removed = {step.group: step.removed for step in steps[:number]}
     return {name: order[: removed[name]].sort().values for name, order in orders.items() if name in removed}
 
@@ -256,7 +246,7 @@ class _Step(NamedTuple):
     key: float
     group: str
     removed: int  # units of the group that have gone after it
-    cost: float  # of this step
+    units: int  # of this step
 
 
 def _height(

@@ -6,25 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from .labels import (
-    CONSUMER,
-    CREATED,
-    PRODUCER,
-    Propagation,
-    Rule,
-    Value,
-    blank,
-    core,
-    flat,
-    index0,
-    is_value,
-    stretched,
-    varied,
-)
+from .coupling import CONSUMER, PRODUCER
+from .labels import Value, core, flat, index0, is_value, stretched, varied
+from .propagation import Propagation, Rule, blank
+from .transcript import CREATED
 
 
 def _shape(node: Node) -> tuple[int, ...]:
@@ -142,20 +131,6 @@ def _indexed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     # All numbers are as good as 0 along dimensions where the labels are constant.
     probe = [None if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in indices]
     return Value(_shape(node), run.tidy(torch.ops.aten.index.Tensor(labels, probe) for labels in value.labels))
-
-
-def _gathered(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    """One index for each element of the result."""
-    index = bound["index"] if "index" in bound else bound["indices"]
-    run.freeze(index, f"{run.where()} uses them as an index")
-    value, shape = run.mix(bound["self"], [bound["dim"]], "picks them by number"), _shape(node)
-    kept = []
-    for labels in value.labels:
-        if all(labels.size(dim) == shape[dim] for dim in varied(labels)):
-            kept.append(stretched(labels, shape))
-        else:
-            run.freeze(labels, f"{run.where()} picks them by number")
-    return run.combine(shape, [Value(shape, kept), index])
 
 
 def _reduced(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
@@ -461,6 +436,62 @@ def _unfolded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     return Value(shape, run.tidy(kept))
 
 
+def _sampled(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
+    """grid_sample: picks places by coordinates. Samples and channels are carried along."""
+    shape, rank = _shape(node), len(bound["input"].shape)
+    value, grid = run.mix(bound["input"], range(2, rank)), run.mix(bound["grid"], [rank - 1])
+    inner = (*shape[:2], *[1] * (rank - 2))
+    places = (shape[0], 1, *shape[2:])
+    image = Value(inner, [index0(labels, range(2, rank), keepdim=True) for labels in value.labels])
+    return run.combine(shape, [image, Value(places, [labels.select(-1, 0).unsqueeze(1) for labels in grid.labels])])
+
+
+def _recurrent(gates: int) -> Rule:
+    """LSTM, GRU and plain ones: a unit is an element of the hidden state, in all layers and directions.
+
+    The rows of all gates make it, the columns of the recurrent weights and of the next layer read it.
+    """
+
+    def rule(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
+        params, parts = bound["params"], blank(node)
+        directions, per_layer = 1 + bound.get("bidirectional", False), 4 if bound["has_biases"] else 2
+        states = bound["hx"] if isinstance(bound["hx"], (tuple, list)) else [bound["hx"]]
+        size = states[0].shape[-1]
+        value = bound.get("input")
+        if value is None or len(params) != per_layer * directions * bound["num_layers"]:  # packed, or projected
+            return run.unknown([*(value or bound["data"],), *states, *params], node)
+        run.see("input", value, nn.RNNBase)
+        for labels in value.labels:
+            run.size_follows("input_size", labels, labels.dim() - 1)
+        unit: Tensor | None = None
+        while params:
+            value, outputs = run.mix(value, [0, 1]), list[Tensor]()
+            for _ in range(directions):
+                (w_input, w_hidden, *biases), params = params[:per_layer], params[per_layer:]
+                rows = run.contract(value, w_input, ("abk", "ok", "abo"))
+                rows = run.combine(rows.shape, [rows, *biases])
+                made = [labels.unflatten(-1, (gates, size)) for labels in rows.labels]
+                for labels in made:
+                    run.join_over(labels, [2])
+                hidden = Value((*rows.shape[:2], size), [labels.select(2, 0) for labels in made])
+                run.combine(rows.shape, [rows, run.contract(hidden, w_hidden, ("abk", "ok", "abo"))])
+                outputs.append(index0(made[0], [0, 1, 2]) if made else torch.full((size,), -1))
+                unit = outputs[-1] if unit is None else unit
+                run.atoms.join(unit, outputs[-1], f"{run.where()} has one hidden size for all of its layers")
+            along = torch.cat(outputs)
+            value = Value((*value.shape[:2], len(along)), [along.expand(*value.shape[:2], -1)])
+        assert unit is not None
+        run.size_follows("hidden_size", unit, 0)
+        for state in states:
+            run.combine(state.shape, [Value(state.shape, [unit.expand(state.shape)]), state])
+        parts[0].labels = [value.labels[0].expand(parts[0].shape)]
+        for part in parts[1:]:
+            part.labels = [unit.expand(part.shape)]
+        return parts
+
+    return rule
+
+
 ELEMENTWISE = [
     "abs", "absolute", "neg", "negative", "positive", "exp", "exp2", "expm1", "log", "log1p", "log2", "log10",
     "sqrt", "rsqrt", "square", "reciprocal", "sign", "sgn", "sin", "cos", "tan", "asin", "acos", "atan", "atan2",
@@ -516,7 +547,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["pad", "constant_pad_nd"], _padded),
     **dict.fromkeys([f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], _padded),
     **dict.fromkeys(["index", "index_select"], _indexed),
-    **dict.fromkeys(["gather", "take_along_dim"], _gathered),
     **dict.fromkeys(REDUCED, _reduced),
     **dict.fromkeys(MIXED, _mixed),
     **dict.fromkeys(["topk", "sort"], _chosen),
@@ -539,6 +569,8 @@ RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": _attention,
     "glu": _glu,
     "im2col": _unfolded,
+    **dict.fromkeys(["grid_sampler", "grid_sampler_2d", "grid_sampler_3d"], _sampled),
+    **{"lstm": _recurrent(4), "gru": _recurrent(3), "rnn_tanh": _recurrent(1), "rnn_relu": _recurrent(1)},
     "_weight_norm": _weight_normed,
     "impact_optim::opaque": _opaque,
 }

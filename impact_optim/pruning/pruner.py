@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..impact import impact_of
-from .criteria import CRITERIA, SPLITS, Context, Criterion, units_per_step, units_to_remove
-from .graph import UnitGroup, trace
-from .rehearsal import as_inputs
+from .budget import Budget, Scores
+from .criteria import CRITERIA, SPLITS, Context, Criterion
+from .plan import UNCUT, Plan
 from .repair import Optimizers, drawn_masks, impacts_around, repair, replace_state, with_state
-from .report import LayerReport, ModelSize, PruneReport, model_size
-from .statistics import ActivationStatistics, UnitStatistics
-from .surgery import PruneRecord, cut
+from .report import PruneReport, planned
+from .statistics import ActivationStatistics
+from .surgery import cut
+from .tracing import trace
 
 __all__ = ["ActivationPruner", "ramp"]
 
@@ -30,9 +31,7 @@ Guard = tuple[Callable[[nn.Module], float], float]
 
 _WITHOUT_ACTIVATIONS = ("l1", "importance", "random")
 _SMALLER_CUTS = 4  # that are tried where the guard cannot bear one: the largest bearable is found to a sixteenth
-_SHORTFALL = 0.01  # of the units or MACs, from which on a report speaks of it
 _MOST_EPOCHS = 10**9
-_MACS_TRIES, _MACS_TOLERANCE = 12, 0.002  # of the MACs of the whole network
 
 
 def ramp(final: float, *, start: int, end: int, frequency: int = 1, shape: str = "cubic") -> dict[int, float]:
@@ -85,11 +84,12 @@ class ActivationPruner:
         target: what the fractions are of, ``"units"`` or ``"macs"``.
         split: how the budget is spread over layers, ``"uniform"``, ``"global"`` or ``"rademacher"``.
         round_to: layers keep a multiple of so many channels where they are wide enough.
-        min_units: that each layer keeps.
         max_ratio: the largest share of its units that a layer may lose, in [0, 1].
         ignore: modules of which nothing is cut.
-        guard: a metric, called with the model, of which more is better, and how much of it a cut may cost. A cut that
-            costs more is undone, and smaller ones are tried. Where processes train together, they compare its mean.
+        guard: a metric, called with the model, of which more is better, and how far below the best that it has been
+            before a cut it may be after one, however many there are. A cut that costs more is undone, and the largest
+            that does not is found by bisection. What the metric changes in the model, as a renewal of batch norm does,
+            is undone. Where processes train together, they compare its mean.
         every: statistics are gathered in one of so many forward passes.
         seed: of random signs, and of ``"random"``.
 
@@ -116,7 +116,6 @@ class ActivationPruner:
         target: str = "units",
         split: str = "uniform",
         round_to: int = 8,
-        min_units: int = 1,
         max_ratio: float = 1.0,
         ignore: Iterable[nn.Module] = (),
         guard: Guard | None = None,
@@ -131,24 +130,21 @@ class ActivationPruner:
             raise ValueError(f"target is {target!r}; it must be 'units' or 'macs'")
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {SPLITS}")
-        if round_to < 1 or min_units < 1 or not 0 <= max_ratio <= 1:
-            raise ValueError(
-                f"round_to={round_to} and min_units={min_units} must be at least 1, and max_ratio={max_ratio} in [0, 1]"
-            )
+        if round_to < 1 or not 0 <= max_ratio <= 1:
+            raise ValueError(f"round_to={round_to} must be at least 1, and max_ratio={max_ratio} in [0, 1]")
         self.model, self.schedule, self.criterion = model, dict(sorted(schedule.items())), criterion
         self.optimizers = with_state(optimizer)
         _check_none_is_forgotten(self.optimizers, model)
         self.averaged = [averaged] if isinstance(averaged, nn.Module) else list(averaged)
         repair([], model, optimizers=self.optimizers, averaged=self.averaged)  # refuses what is not of this model
-        self.target, self.split, self.guard, self.seed = target, split, guard, seed
-        self.round_to, self.min_units, self.max_ratio = round_to, min_units, max_ratio
+        self.guard, self.seed = guard, seed
         self.epoch = 0
         """Epochs that have ended."""
         self.graph = trace(model, example_inputs, ignore=ignore)
+        reads = criterion not in _WITHOUT_ACTIVATIONS or split == "rademacher"
+        self.budget = Budget(model, self.graph, target, split, round_to, max_ratio, reads)
         self.statistics = ActivationStatistics(model, self.graph, every=every, seed=seed)
-        self._inputs = as_inputs(example_inputs)
-        self._size = model_size(model, self._inputs)
-        self._original_macs = self._size.macs[""]
+        self._best_metric = -math.inf
         self._attach_if_due()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -174,7 +170,7 @@ class ActivationPruner:
             if epoch in self.schedule:
                 report = self._cut_to(self.schedule[epoch], epoch, before)
             else:
-                report = self._report(epoch, {}, {}, self._size)
+                report = planned(self.graph, self.graph.plan({}), self.budget.size, self.budget.size, epoch)
             self.epoch = epoch
             self.statistics.reset()
             self._attach_if_due()
@@ -194,53 +190,53 @@ class ActivationPruner:
         """
         _check_schedule({1: fraction})
         scores = self._scores()
-        chosen = self._choose(fraction, scores)
-        size = model_size(self.model, self._inputs, self.graph.plan(chosen))
-        return replace(self._report(self.epoch, chosen, scores.values, size), note="dry run")
+        plan = self.budget.plan(fraction, scores)
+        before, after = self.budget.size, self.budget.size_with(plan)
+        return replace(planned(self.graph, plan, before, after, self.epoch, scores.values), note="dry run")
 
     def _attach_if_due(self) -> None:
-        if self.epoch + 1 in self.schedule and self._reads_activations():
+        if self.epoch + 1 in self.schedule and self.budget.reads_activations:
             self.statistics.attach()
             if self.epoch > 0:
                 torch.compiler.reset()  # what is compiled already does not look for new hooks
-
-    def _reads_activations(self) -> bool:
-        return self.criterion not in _WITHOUT_ACTIVATIONS or self.split == "rademacher"
 
     # ------------------------------------------------------------------------------- a cut
 
     def _cut_to(self, fraction: float, epoch: int, before: _Snapshot) -> PruneReport:
         """Cuts until a fraction of what there was is gone, or as much of it as the guard bears."""
-        scores, gone = self._scores(), self._gone()
-        chosen, metric, note = self._choose(fraction, scores), None, ""
-        if fraction <= gone:
-            note = f"{gone:.3g} of the {self.target} are gone already"
+        budget, scores = self.budget, self._scores()
+        plan, metric, note = budget.plan(fraction, scores), None, ""
+        if fraction <= (gone := budget.gone()):
+            note = f"{gone:.3g} of the {budget.target} are gone already"
         elif self.guard is not None:
-            borne, chosen, metric = self._bearable(fraction, scores, self.guard, before)
+            borne, plan, metric = self._bearable(fraction, scores, self.guard, before)
             if borne < fraction:
-                note = f"the guard bears {borne:.3g} of the {self.target}, not {fraction:.3g}"
-        size = model_size(self.model, self._inputs, self.graph.plan(chosen))
-        note = note or self._shortfall(fraction, chosen, scores, size)
-        report = self._report(epoch, chosen, scores.values, size)
-        records = self._remove(chosen)
-        self._size = size
-        return replace(report, records=records, metric=metric, note=note, left_out=scores.left_out)
+                note = f"the guard bears {borne:.3g} of the {budget.target}, not {fraction:.3g}"
+        size = budget.size_with(plan)
+        note = note or budget.shortfall(fraction, plan, scores, size)
+        report = planned(self.graph, plan, budget.size, size, epoch, scores.values)
+        self._carry_out(plan)
+        budget.size = size
+        if metric is not None:
+            self._best_metric = max(self._best_metric, metric[0])
+        return replace(report, metric=metric, note=note, left_out=scores.left_out)
 
     def _bearable(
-        self, fraction: float, scores: _Scores, guard: Guard, before: _Snapshot
-    ) -> tuple[float, dict[str, Tensor], tuple[float, float]]:
-        """The largest fraction that the guard bears, the units for it, and the metric before and after them."""
+        self, fraction: float, scores: Scores, guard: Guard, before: _Snapshot
+    ) -> tuple[float, Plan, tuple[float, float]]:
+        """The largest fraction that the guard bears, the plan of it, and the metric before and after."""
         measure, tolerance = guard
         start = _mean_over_processes(measure(self.model))
-        best: tuple[float, dict[str, Tensor], tuple[float, float]] = (self._gone(), {}, (start, start))
+        least = max(start, self._best_metric) - tolerance  # nan if it starts so
+        best = (self.budget.gone(), self.graph.plan({}), (start, start))
         asked, too_much = fraction, fraction
         for _ in range(1 + _SMALLER_CUTS):
             before.restore()
-            chosen = self._choose(asked, scores)
-            self._remove(chosen)
+            plan = self.budget.plan(asked, scores)
+            self._carry_out(plan)
             end = _mean_over_processes(measure(self.model))
-            if start - end <= tolerance:  # not so for nan
-                best = (asked, chosen, (start, end))
+            if end >= least:  # not so for nan
+                best = (asked, plan, (start, end))
                 if asked == fraction:
                     break
             else:
@@ -249,23 +245,24 @@ class ActivationPruner:
         before.restore()
         return best
 
-    def _scores(self) -> _Scores:
+    def _scores(self) -> Scores:
         context = Context(
             parameters=dict(self.model.named_parameters()),
-            statistics=self.statistics.all_reduce() if self._reads_activations() else {},
+            statistics=self.statistics.all_reduce() if self.budget.reads_activations else {},
             importances=self._importances(),
             seed=self.seed,
         )
         criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
         values, left_out = {}, dict.fromkeys(self.graph.groups, "no module shows the activations of its units")
-        for name, group in self._groups().items():
+        groups = self.budget.groups()
+        for name, group in groups.items():
             try:
                 values[name] = criterion(group, context).detach().cpu()
                 del left_out[name]
             except ValueError as error:  # of a layer that was skipped in what was observed, or is not trained
                 left_out[name] = str(error)
-        if self._groups() and not values:
-            raise ValueError(next(left_out[name] for name in self._groups()))
+        if groups and not values:
+            raise ValueError(next(left_out[name] for name in groups))
         for name, value in values.items():
             if value.shape != (size := self.graph.groups[name].size,):
                 raise ValueError(
@@ -273,7 +270,7 @@ class ActivationPruner:
                     "must give one to each"
                 )
         values, left_out = _of_first_process((values, left_out))
-        return _Scores(values, context.statistics, left_out)
+        return Scores(values, context.statistics, left_out)
 
     def _importances(self) -> dict[str, Tensor]:
         """Of the weights of optimizers that keep importances."""
@@ -287,114 +284,11 @@ class ActivationPruner:
             if param in names
         }
 
-    def _groups(self) -> dict[str, UnitGroup]:
-        """What can be scored and cut: groups whose activations no module shows stay, if the criterion reads those."""
-        reads = self._reads_activations()
-        return {name: group for name, group in self.graph.groups.items() if group.observations or not reads}
-
-    def _gone(self) -> float:
-        """The fraction that has been removed of what there was."""
-        if self.target == "macs":
-            return 1 - self._size.macs[""] / self._original_macs
-        groups = self._groups().values()
-        all_units = sum(group.original_size for group in groups)
-        return 1 - sum(group.size for group in groups) / all_units if all_units else 0.0
-
-    def _shortfall(self, fraction: float, chosen: Mapping[str, Tensor], scores: _Scores, size: ModelSize) -> str:
-        """Why nothing, or notably less than a fraction of what there was, is gone after a cut."""
-        if not scores.values:
-            where = "report.left_out" if self.graph.groups else "pruner.graph.frozen"
-            return f"no group of units can be cut: see {where}"
-        if self.target == "macs":
-            gone = 1 - size.macs[""] / self._original_macs
-        else:
-            groups = self._groups()
-            left = sum(group.size - len(chosen.get(name, ())) for name, group in groups.items())
-            gone = 1 - left / sum(group.original_size for group in groups.values())
-        if chosen and gone >= fraction - _SHORTFALL:
-            return ""
-        return (
-            f"{gone:.3g} of the {self.target} can go, not {fraction:.3g}: what can be cut is too little, or too wide "
-            f"apart with round_to={self.round_to}, min_units={self.min_units} and max_ratio={self.max_ratio}"
-        )
-
-    def _choose(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
-        """The units to remove, by group, so that a fraction of what there was is gone."""
-        gone = self._gone()
-        if fraction <= gone or not scores.values:
-            return {}
-        if self.target == "units":
-            groups = self._groups()
-            # What has no score stays, and the others go instead.
-            scored = sum(groups[name].size for name in scores.values) / sum(group.size for group in groups.values())
-            return self._lowest(min((fraction - gone) / (1 - gone) / scored, 1.0), scores)
-
-        # MACs go about with the square of the widths, and widths with the fraction of units: a straight line between
-        # two roots of MACs meets the wanted one after few trials.
-        wanted = (1 - fraction) * self._original_macs
-        low, high = (0.0, self._size.macs[""] ** 0.5), (1.0, 0.0)
-        best: tuple[float, dict[str, Tensor]] = (float("inf"), {})
-        for i in range(_MACS_TRIES):
-            asked = low[0] + (high[0] - low[0]) * (low[1] - wanted**0.5) / (low[1] - high[1])
-            if i % 2:  # a line alone may creep up on it from one side
-                asked = (low[0] + high[0]) / 2
-            chosen = self._lowest(asked, scores)
-            macs = model_size(self.model, self._inputs, self.graph.plan(chosen)).macs[""]
-            best = min(best, (abs(macs - wanted), chosen), key=lambda pair: pair[0])
-            if best[0] <= _MACS_TOLERANCE * self._original_macs:
-                break
-            if macs > wanted:
-                low = (asked, macs**0.5)
-            else:
-                high = (asked, macs**0.5)
-        return best[1]
-
-    def _lowest(self, fraction: float, scores: _Scores) -> dict[str, Tensor]:
-        groups = {name: self.graph.groups[name] for name in scores.values}
-        least = {name: math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9) for name, group in groups.items()}
-        return units_to_remove(
-            scores.values,
-            fraction,
-            split=self.split,
-            statistics=scores.statistics,
-            round_to={name: units_per_step(group, self.round_to) for name, group in groups.items()},
-            min_units={name: max(self.min_units, units) for name, units in least.items()},
-        )
-
-    def _remove(self, chosen: Mapping[str, Tensor]) -> list[PruneRecord]:
+    def _carry_out(self, plan: Plan) -> None:
         """Cuts everything that knows of the units. Where it raises, part of it may have been cut."""
-        kept = {}
-        for name, units in chosen.items():
-            stays = torch.ones(self.graph.groups[name].size, dtype=torch.bool)
-            stays[units] = False
-            kept[name] = stays.nonzero().flatten()
-        records = cut(self.model, self.graph, chosen)
+        records = cut(self.model, self.graph, plan)
         repair(records, self.model, optimizers=self.optimizers, averaged=self.averaged)
-        self.statistics.keep(kept)
-        return records
-
-    def _report(
-        self, epoch: int, chosen: Mapping[str, Tensor], scores: Mapping[str, Tensor], after: ModelSize
-    ) -> PruneReport:
-        """What removing the chosen units does, before it is done."""
-        before, plan = self._size, self.graph.plan(chosen)
-        layers = [
-            LayerReport(
-                name,
-                (group.original_size, group.size, group.size - len(chosen.get(name, ()))),
-                (scores[name].min().item(), scores[name].max().item()) if name in scores else None,
-                (before.macs.get(name, 0), after.macs.get(name, 0)),
-                (before.parameters.get(name, 0), after.parameters.get(name, 0)),
-            )
-            for name, group in self.graph.groups.items()
-        ]
-        return PruneReport(
-            epoch,
-            layers,
-            (before.macs[""], after.macs[""]),
-            (before.parameters[""], after.parameters[""]),
-            [PruneRecord(name, dim, kept) for name, dims in plan.kept.items() for dim, kept in sorted(dims.items())],
-        )
+        self.statistics.keep(plan)
 
     @contextmanager
     def _all_or_nothing(self) -> Generator[_Snapshot, None, None]:
@@ -416,7 +310,12 @@ class ActivationPruner:
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the units that are left, and the statistics; arguments and weights are not in it."""
         units = {name: group.original for name, group in self.graph.groups.items()}
-        return {"epoch": self.epoch, "units": units, "statistics": self.statistics.state_dict()}
+        return {
+            "epoch": self.epoch,
+            "units": units,
+            "best_metric": self._best_metric,
+            "statistics": self.statistics.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resumes: gives a newly built model the shape that the saved one had.
@@ -442,22 +341,15 @@ class ActivationPruner:
         chosen = {name: (~torch.isin(groups[name].original, left)).nonzero().flatten() for name, left in units.items()}
         with self._all_or_nothing():
             try:
-                self._remove({name: positions for name, positions in chosen.items() if len(positions)})
+                self._carry_out(self.graph.plan(chosen))
             except ValueError as error:
                 raise ValueError(
                     f"the pruner is loaded before the optimizers and averaged copies are, into new ones: {error}"
                 ) from error
             self.statistics.load_state_dict(state_dict["statistics"])
-            self._size = model_size(self.model, self._inputs)
-            self.epoch = epoch
+            self.budget.size = self.budget.size_with(UNCUT)
+            self.epoch, self._best_metric = epoch, float(state_dict["best_metric"])
             self._attach_if_due()
-
-
-class _Scores(NamedTuple):
-    values: Mapping[str, Tensor]
-    statistics: Mapping[str, Sequence[UnitStatistics]]
-    left_out: dict[str, str]
-    """Groups that have none -> why."""
 
 
 class _Snapshot:
@@ -476,10 +368,11 @@ class _Snapshot:
         self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
         self._masks = [(mask, mask.draws) for mask in drawn_masks(pruner.optimizers, pruner.model)]
-        self._graph = {key: deepcopy(value) for key, value in vars(pruner.graph).items() if key != "_inputs"}
+        self._restore_graph = pruner.graph.snapshot()
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.batches))
-        self._size, self._epoch = pruner._size, pruner.epoch
+        self._own = {name: vars(pruner)[name] for name in ("_best_metric", "epoch")}
+        self._size = pruner.budget.size
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -500,15 +393,16 @@ class _Snapshot:
         for mask, draws in self._masks:
             if not mask.is_over:
                 mask.draws = draws
-        vars(self._pruner.graph).update(deepcopy(self._graph))
+        self._restore_graph()
         statistics = self._pruner.statistics
         statistics.groups, statistics.batches = deepcopy(self._statistics)
-        self._pruner._size, self._pruner.epoch = self._size, self._epoch
+        vars(self._pruner).update(self._own)
+        self._pruner.budget.size = self._size
 
 
 def _checked(state: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
     """The epoch and the units of a state dict, on the CPU, like those of the graph, wherever it was loaded to."""
-    if missing := {"epoch", "units", "statistics"} - state.keys():
+    if missing := {"epoch", "units", "best_metric", "statistics"} - state.keys():
         raise ValueError(f"the state has no {sorted(missing)}: hand in what ActivationPruner.state_dict() gave")
     epoch, units = state["epoch"], state["units"]
     if type(epoch) is not int or not 0 <= epoch < _MOST_EPOCHS:

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..impact import Impact, attached_impacts, impact_of
 from ..masks import Draw, Mask, TensorDraw
-from .architecture import integer_attributes, set_integer_attributes
-from .rehearsal import named_tensors
-from .surgery import PruneRecord, select
+from .attributes import integer_attributes, set_integer_attributes
+from .plan import PruneRecord
+from .stand_ins import named_tensors
+from .surgery import select
 
 __all__ = ["drawn_masks", "impacts_around", "repair", "replace_state", "unwrapped", "with_state"]
 

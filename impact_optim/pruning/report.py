@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from .rehearsal import Inputs, Plan, forward
-from .surgery import PruneRecord
+from .graph import UnitGraph
+from .plan import UNCUT, Plan, PruneRecord
+from .rehearsal import Inputs, Rehearsal
 
 __all__ = ["LayerReport", "ModelSize", "PruneReport", "model_size"]
 
@@ -74,30 +74,46 @@ class PruneReport:
         return "\n".join(lines)
 
 
+def planned(
+    graph: UnitGraph,
+    plan: Plan,
+    before: ModelSize,
+    after: ModelSize,
+    epoch: int,
+    scores: Mapping[str, Tensor] | None = None,
+) -> PruneReport:
+    """What a plan does, before it is carried out."""
+    scores = scores or {}
+    layers = [
+        LayerReport(
+            name,
+            (group.original_size, group.size, len(plan.left.get(name, group.original))),
+            (scores[name].min().item(), scores[name].max().item()) if name in scores else None,
+            (before.macs.get(name, 0), after.macs.get(name, 0)),
+            (before.parameters.get(name, 0), after.parameters.get(name, 0)),
+        )
+        for name, group in graph.groups.items()
+    ]
+    totals = (before.macs[""], after.macs[""]), (before.parameters[""], after.parameters[""])
+    return PruneReport(epoch, layers, *totals, plan.records)
+
+
 def _change(before: int, after: int) -> str:
     return f"{before:,}" if before == after else f"{before:,} → {after:,}"
 
 
-def model_size(model: nn.Module, inputs: Inputs, plan: Plan | None = None) -> ModelSize:
+def model_size(model: nn.Module, inputs: Inputs | Rehearsal, plan: Plan = UNCUT) -> ModelSize:
     """Counts what one evaluation of a model takes, attention included, without computing or changing anything.
 
     Args:
         model: in any mode.
-        inputs: positional and keyword arguments of a forward pass.
+        inputs: positional and keyword arguments of a forward pass, or how else to run the model.
         plan: a cut to be counted as if it had been made, from :meth:`UnitGraph.plan`.
     """
-    plan = plan or Plan()
-    # As matrix products: the counter does not know every kernel of attention, none of those for a CPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward(model, inputs, plan)
-    flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+    rehearsal = inputs if isinstance(inputs, Rehearsal) else Rehearsal(*inputs)
     numel: dict[Tensor, int] = {}
     for name, param in model.named_parameters():
         kept = plan.kept.get(name, {})
         numel[param] = math.prod(len(kept[dim]) if dim in kept else size for dim, size in enumerate(param.shape))
-    root = type(model).__name__
-    macs, parameters = {}, {}
-    for name, module in model.named_modules():
-        macs[name] = flops.get(f"{root}.{name}" if name else "Global", 0) // 2
-        parameters[name] = sum(numel[param] for param in module.parameters())
-    return ModelSize(macs, parameters)
+    parameters = {name: sum(numel[p] for p in module.parameters()) for name, module in model.named_modules()}
+    return ModelSize(rehearsal.macs(model, plan), parameters)

@@ -23,9 +23,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..sampling import philox4x32
 from .graph import Observation, UnitGraph, UnitGroup
+from .plan import Plan
 
 # The finest bin width. Responses below 2^-64 are those of a dead unit.
 _FINEST = -64
+_BINS = 256  # a power of two
+_PROJECTIONS = 64  # at most 128; the standard error of a unit's complexity is 0.76 / sqrt(64) of it
 _ROWS = 4096  # samples taken in at once, where tokens or points are samples
 _WORD = 0xFFFFFFFF
 _SIGNS = 0x5241444D  # the third word of the counter, apart from every step of a mask stream
@@ -213,58 +216,27 @@ class UnitStatistics:
 
     Args:
         size: number of units.
-        bins: bins of the histogram, a power of two.
-        projections: vectors of random signs, at most 128; the standard error of a unit's complexity
-            is :math:`0.76 / \sqrt{projections}` of it.
         seed: of the signs.
         rank: number of the data-parallel process; each has its own signs.
     """
 
-    counts: Tensor  # int32 [units, bins]
-    exponent: Tensor  # int64 [units]
-    projections: Tensor  # float64 [projections, units]
-    signs: Tensor  # int32 [projections, units]
-    total: Tensor  # float64 [units]
-    energy: Tensor  # float64 [units]
-    seen: Tensor  # int64 [units], and so are those below
-    nonfinite: Tensor
-    positive: Tensor
-    positions: Tensor
+    _FIELDS: ClassVar = (
+        "counts",  # int32 [units, bins]
+        "exponent",  # int64 [units]
+        "projections",  # float64 [projections, units]
+        "signs",  # int32 [projections, units]
+        *("total", "energy"),  # float64 [units]
+        *("seen", "nonfinite", "positive", "positions"),  # int64 [units]
+    )
 
-    _UNIT_DIM: ClassVar = {
-        "counts": 0,
-        "exponent": 0,
-        "projections": 1,
-        "signs": 1,
-        "total": 0,
-        "energy": 0,
-        "seen": 0,
-        "nonfinite": 0,
-        "positive": 0,
-        "positions": 0,
-    }
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        bins: int = 256,
-        projections: int = 64,
-        seed: int = 0,
-        rank: int = 0,
-    ) -> None:
-        if bins < 2 or bins & (bins - 1):
-            raise ValueError(f"bins is {bins}; it must be a power of two, at least 2")
-        if not 1 <= projections <= 128:
-            raise ValueError(f"projections is {projections}; it must be between 1 and 128")
+    def __init__(self, size: int, *, seed: int = 0, rank: int = 0) -> None:
         self.seed, self.rank, self.samples = seed, rank, 0
-        self.counts = torch.zeros(size, bins, dtype=torch.int32)
+        self.counts = torch.zeros(size, _BINS, dtype=torch.int32)
         self.exponent = torch.full((size,), _FINEST)
-        self.projections = torch.zeros(projections, size, dtype=torch.float64)
-        self.signs = torch.zeros(projections, size, dtype=torch.int32)
+        self.projections = torch.zeros(_PROJECTIONS, size, dtype=torch.float64)
+        self.signs = torch.zeros(_PROJECTIONS, size, dtype=torch.int32)
         self.total, self.energy = torch.zeros(2, size, dtype=torch.float64)
-        for name in ("seen", "nonfinite", "positive", "positions"):
-            setattr(self, name, torch.zeros(size, dtype=torch.int64))
+        self.seen, self.nonfinite, self.positive, self.positions = torch.zeros(4, size, dtype=torch.int64)
 
     @property
     def size(self) -> int:
@@ -272,22 +244,16 @@ class UnitStatistics:
         return len(self.exponent)
 
     @torch.no_grad()
-    def update(self, activation: Tensor, dim: int, units: Tensor) -> None:
-        """Takes in the activations of a batch.
+    def update(self, channels: ChannelResponses, units: Tensor) -> None:
+        """Takes in the responses to a batch, which several groups may share.
 
         Args:
-            activation: of any floating type; its first dimension is the samples'.
-            dim: the channels' dimension.
+            channels: from :func:`channel_responses`.
             units: int64 on the CPU, [channels]: the unit that each channel belongs to, -1 for none.
 
         Raises:
-            TypeError, ValueError: an argument is not of that form; nothing has been taken in.
+            ValueError: they are not of one layer; nothing has been taken in.
         """
-        self.add(channel_responses(activation, dim), units)
-
-    @torch.no_grad()
-    def add(self, channels: ChannelResponses, units: Tensor) -> None:
-        """:meth:`update` with responses that several groups share."""
         if len(units) != channels.mean.shape[1]:
             raise ValueError(f"units are given for {len(units)} channels, the activation has {channels.mean.shape[1]}")
         n = len(channels.mean)
@@ -410,36 +376,7 @@ class UnitStatistics:
     # What happens to them.
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._UNIT_DIM}
-
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, own in self._tensors().items():
-            other = tensors.get(name)
-            if other is None or other.shape != own.shape or other.dtype != own.dtype:
-                found = "missing" if other is None else f"{other.dtype} {tuple(other.shape)}"
-                raise ValueError(
-                    f"{name} of the other statistics is {found}, here {own.dtype} {tuple(own.shape)}; the units and "
-                    "options must be the same"
-                )
-
-    @torch.no_grad()
-    def merge(self, other: UnitStatistics) -> None:
-        """Takes in what other statistics of the same units have gathered, from other samples.
-
-        Raises:
-            ValueError: their units or options are others; nothing has been taken in.
-        """
-        self._check(other._tensors())
-        if other.seed != self.seed:
-            raise ValueError(f"the other statistics have the seed {other.seed}, these {self.seed}")
-        other = copy.deepcopy(other).to(self.counts.device)
-        self._coarsen(other.exponent)
-        other._coarsen(self.exponent)
-        for name, own in self._tensors().items():
-            if name != "exponent":
-                own += getattr(other, name)
-        if other.rank == self.rank:
-            self.samples = max(self.samples, other.samples)
+        return {name: getattr(self, name) for name in self._FIELDS}
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> UnitStatistics:
@@ -459,8 +396,8 @@ class UnitStatistics:
 
     def keep(self, kept: Tensor) -> None:
         """After a cut: keeps the statistics of these units, int64 positions in their new order."""
-        for name, dim in self._UNIT_DIM.items():
-            own = getattr(self, name)
+        for name, own in self._tensors().items():
+            dim = 1 if name in ("projections", "signs") else 0
             setattr(self, name, own.index_select(dim, kept.to(own.device)))
 
     def reset(self) -> None:
@@ -482,12 +419,20 @@ class UnitStatistics:
         """Copies what :meth:`state_dict` gave; the rank and the device stay.
 
         Raises:
-            ValueError: the state is that of other units or options; nothing has been loaded.
+            ValueError: the state is that of other units; nothing has been loaded.
         """
-        self._check({name: t for name, t in state.items() if isinstance(t, Tensor)})
+        self.check(state)
         for name, own in self._tensors().items():
             own.copy_(state[name])
         self.samples, self.seed = int(state["samples"]), int(state["seed"])
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises what :meth:`load_state_dict` would."""
+        for name, own in self.state_dict().items():
+            if name not in state or (
+                isinstance(own, Tensor) and (state[name].shape, state[name].dtype) != (own.shape, own.dtype)
+            ):
+                raise ValueError(f"{name} of the statistics is missing, or that of other units")
 
 
 # -- hooks ----------------------------------------------------------------------------------------------------------
@@ -571,23 +516,13 @@ class ActivationStatistics:
         self._handles.clear()
         self._recording = False
 
-    def merge(self, other: ActivationStatistics) -> None:
-        """Takes in what other statistics of the same groups have gathered, from other samples."""
-        self._same_groups({name: len(places) for name, places in other.groups.items()})
-        for name, places in self.groups.items():
-            for own, theirs in zip(places, other.groups[name], strict=True):
-                own._check(theirs._tensors())
-        for name, places in self.groups.items():
-            for own, theirs in zip(places, other.groups[name], strict=True):
-                own.merge(theirs)
-
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, list[UnitStatistics]]:
         """``groups`` with the statistics of all processes together; see :meth:`UnitStatistics.all_reduce`."""
         return {name: [place.all_reduce(group) for place in places] for name, places in self.groups.items()}
 
-    def keep(self, kept: Mapping[str, Tensor]) -> None:
-        """After a cut: keeps the statistics of these positions of each group that was cut."""
-        for name, positions in kept.items():
+    def keep(self, plan: Plan) -> None:
+        """After a cut: keeps the statistics of the units that are left."""
+        for name, positions in plan.left.items():
             for place in self.groups[name]:
                 place.keep(positions)
 
@@ -607,22 +542,18 @@ class ActivationStatistics:
         """Copies what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of other groups or options; nothing has been loaded.
+            ValueError: the state is that of other groups; nothing has been loaded.
         """
-        self._same_groups({name: len(places) for name, places in state["groups"].items()})
-        for name, places in self.groups.items():
-            for own, theirs in zip(places, state["groups"][name], strict=True):
-                own._check(theirs)
-        for name, places in self.groups.items():
-            for own, theirs in zip(places, state["groups"][name], strict=True):
-                own.load_state_dict(theirs)
-        self.batches = int(state["batches"])
-
-    def _same_groups(self, other: dict[str, int]) -> None:
-        own = {name: len(places) for name, places in self.groups.items()}
+        own, other = ({name: len(places) for name, places in g.items()} for g in (self.groups, state["groups"]))
         if other != own:
             differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
             raise ValueError(f"the statistics are of other groups or places; they differ in {differing[:5]}")
+        pairs = [pair for name in own for pair in zip(self.groups[name], state["groups"][name], strict=True)]
+        for place, its in pairs:
+            place.check(its)
+        for place, its in pairs:
+            place.load_state_dict(its)
+        self.batches = int(state["batches"])
 
 
 class _Hook:
@@ -694,7 +625,7 @@ def _observe(
             responses = channel_responses(activation, dim)
             for group, i in places:
                 units = observed(statistics.graph.groups[group])[i].units
-                statistics.groups[group][i].add(responses, units)
+                statistics.groups[group][i].update(responses, units)
     except (TypeError, ValueError) as error:
         raise type(error)(f"no statistics of the {where} of {name!r}: {error}") from error
 

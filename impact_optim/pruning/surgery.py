@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .graph import UnitGraph, mismatch
-from .rehearsal import culprit, first_names, forward, named_tensors
+from .graph import UnitGraph
+from .plan import Plan, PruneRecord
+from .rehearsal import culprit
+from .stand_ins import first_names, named_tensors
+from .tracing import fault
 
 
-class PruneRecord(NamedTuple):
-    """What is left of one dimension of a parameter or buffer after a cut."""
-
-    name: str
-    """Qualified name (the first one of tied parameters)."""
-    dim: int
-    kept: Tensor
-    """int64, the indices that were kept, ascending."""
-
-
-def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | Tensor]) -> list[PruneRecord]:
+def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | Tensor] | Plan) -> list[PruneRecord]:
     """Removes units from a model: it then computes what it computed with their activations zero where they are read.
 
     In place: parameters and buffers stay the same objects, their gradients are cut as well, attributes such as
@@ -32,41 +24,33 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
     Args:
         model: the model that ``graph`` was traced from, with all cuts since.
         graph: from :func:`trace`.
-        units: group name -> positions in the group, from 0 to its size less 1, of the units to remove.
+        units: group name -> positions in the group, from 0 to its size less 1, of the units to remove; or a plan for
+            that, from :meth:`UnitGraph.plan`.
 
     Returns:
         One record for each dimension of a parameter or buffer that was cut.
 
     Raises:
-        ValueError: a group or a unit is not there, or a group would be left without any.
+        ValueError: a group or a unit is not there, a group would be left without any, or another cut has been made
+            since the plan was.
         RuntimeError: the model does not fit the graph, or would not run after the cut.
     """
-    plan = graph.plan(units)
+    plan = units if isinstance(units, Plan) else graph.plan(units)
     tensors = named_tensors(model)
-    first = first_names(model)
-    for (name, dim), place in graph._axes.items():
-        tensor = tensors.get(name)
-        if tensor is None or first[name] != name or tensor.dim() <= dim or tensor.size(dim) != len(place.units):
-            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise RuntimeError(
-                f"{name} {found}, but the graph expects {len(place.units)} along dimension {dim}: "
-                "the model has changed since it was traced. Trace it again."
-            )
+    _check_fit(model, graph, plan, tensors)
     if not plan.kept:
         return []
-    for training in graph._training:
-        try:
-            forward(model, graph._inputs, plan, training)
-        except Exception as error:
-            module, line = culprit(model, error)
-            raise RuntimeError(
-                f"The model would not run after the cut: {module or 'the model itself'} ({line}) stops with "
-                f"{type(error).__name__}: {error}. Nothing was changed. Leave out the groups that this module uses."
-            ) from error
-    if (fault := mismatch(model, graph, units)) is not None:
+    if (found := fault(model, graph, plan)) is not None and found.error is not None:
+        module, line = culprit(model, found.error)
         raise RuntimeError(
-            f"The model would not compute the same after the cut: {fault}. Nothing was changed. Its code depends on "
-            "which units there are, or on their number; remove others, or fewer."
+            f"The model would not run after the cut: {module or 'the model itself'} ({line}) stops with "
+            f"{type(found.error).__name__}: {found.error}. Nothing was changed. Leave out the groups that this module "
+            "uses."
+        ) from found.error
+    if found is not None:
+        raise RuntimeError(
+            f"The model would not compute the same after the cut: {found.reason}. Nothing was changed. Its code "
+            "depends on which units there are, or on their number; remove others, or fewer."
         )
     modules = dict(model.named_modules())
     changes = []
@@ -81,7 +65,7 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
             _give(tensor, data, grad)
         for (module, attribute), size in plan.sizes.items():
             setattr(modules[module], attribute, size)
-        graph.forget(units)
+        graph.forget(plan)
     except BaseException:
         for tensor, data, grad in before:
             _give(tensor, data, grad)
@@ -89,7 +73,23 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
             if getattr(modules[module], attribute) != size:
                 setattr(modules[module], attribute, size)
         raise
-    return [PruneRecord(name, dim, kept) for name, dims in plan.kept.items() for dim, kept in sorted(dims.items())]
+    return plan.records
+
+
+def _check_fit(model: nn.Module, graph: UnitGraph, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Raises where a plan, a graph and a model are not of the same cuts."""
+    sizes = {name: group.original for name, group in graph.groups.items()}
+    if sizes.keys() != plan.made_for.keys() or not all(torch.equal(plan.made_for[name], sizes[name]) for name in sizes):
+        raise ValueError("another cut has been made since this plan was: make a new one")
+    first = first_names(model)
+    for (name, dim), axis in graph.axes.items():
+        tensor = tensors.get(name)
+        if tensor is None or first[name] != name or tensor.dim() <= dim or tensor.size(dim) != len(axis.labels):
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise RuntimeError(
+                f"{name} {found}, but the graph expects {len(axis.labels)} along dimension {dim}: "
+                "the model has changed since it was traced. Trace it again."
+            )
 
 
 def _give(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:

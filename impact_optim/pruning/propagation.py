@@ -1,0 +1,302 @@
+"""Carries labels through programs of ATen operators.
+
+Operators that move data are run on the labels themselves; where an operator combines elements, their labels are joined.
+What each operator does is in :mod:`.operators`; what those rules are made of is here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .attributes import may_count_units, surely_counts_units
+from .coupling import PRODUCER, Coupling
+from .labels import Atoms, AxisKey, Mismatch, Value, core, is_value, varied
+from .transcript import Transcript, recipe_of
+
+
+class Sighting(NamedTuple):
+    """The input or output of a layer."""
+
+    module: str
+    where: str
+    labels: Tensor
+
+
+class Size(NamedTuple):
+    """An integer attribute of a module that counts indices of labels, or has the same number by chance."""
+
+    module: str
+    attribute: str
+    labels: Tensor
+    dim: int
+    known: bool
+    """Whether the operator says so; if not, only the number does."""
+
+
+class Propagation(Coupling):
+    """Carries labels through exported programs of one model.
+
+    Args:
+        model: the module that was exported.
+        atoms: the sets that the labels refer to.
+        axes: labels of parameters' and buffers' dimensions; what is missing gets fresh atoms.
+        names: any qualified name of a parameter or buffer -> its first name.
+        rules: name of an ATen operator -> what it does to labels.
+        transcript: of the programs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        atoms: Atoms,
+        axes: dict[AxisKey, Tensor],
+        names: dict[str, str],
+        rules: Mapping[str, Rule],
+        transcript: Transcript,
+    ) -> None:
+        self.modules = dict(model.named_modules())
+        super().__init__(atoms, axes, (name for name, _ in model.named_buffers()), transcript)
+        self.names = names
+        self.sightings: list[Sighting] = []
+        self.sizes: list[Size] = []
+        self.used: set[str] = set()
+        """Parameters and buffers that the programs read."""
+        self._rules = rules
+        self._node: Node | None = None
+        self._memory: dict[int, list[tuple[Value, Tensor]]] = {}
+
+    # -- the walk --
+
+    def run(self, program: ExportedProgram) -> None:
+        """Carries labels through one program."""
+        specs = iter(program.graph_signature.input_specs)
+        values: dict[Node, Any] = {}
+        self._memory = {}
+        live = _live(program)
+        for node in program.graph.nodes:
+            self._node = node
+            if node.op not in ("placeholder", "output") and node not in live:
+                continue
+            if node.op == "placeholder":
+                spec = next(specs)
+                values[node] = self._placeholder(node, spec.kind, spec.target)
+                if spec.kind == InputKind.CONSTANT_TENSOR:
+                    values[node].constant = True
+                    values[node].recipe = recipe_of(program.constants.get(spec.target or ""))
+            elif node.op == "output":
+                for value in tree_leaves(tree_map_only(Node, values.get, node.args), is_leaf=is_value):
+                    self.freeze(value, "it is an output of the model")
+            elif node.op == "call_function":
+                try:
+                    values[node] = self._call(node, tree_map_only(Node, values.get, (node.args, node.kwargs)))
+                except Mismatch as mismatch:
+                    raise Mismatch(mismatch.units, f"{mismatch} ({self.where()})") from None
+            else:
+                values[node] = Value(tuple(getattr(node.meta.get("val"), "shape", ())))
+            val = node.meta.get("val")
+            if isinstance(val, Tensor) and val.layout is torch.strided:
+                self._memory.setdefault(val.untyped_storage()._cdata, []).append((values[node], val))
+
+    def module(self) -> str:
+        """Qualified name of the module that the current operator runs in."""
+        stack = list((self._node.meta.get("nn_module_stack") or {}).values()) if self._node else []
+        return stack[-1][0].split("@")[0] if stack else ""
+
+    def where(self) -> str:
+        """The current operator and its module, for people."""
+        return f"{self.operator()} in {self.module() or 'the model'}"
+
+    def operator(self) -> str:
+        """The current operator's name."""
+        target = self._node.target if self._node else ""
+        return target._schema.name if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
+
+    def _placeholder(self, node: Node, kind: InputKind, target: str | None) -> Value:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return Value(())
+        shape = tuple(value.shape)
+        if kind not in (InputKind.PARAMETER, InputKind.BUFFER) or target is None:
+            return Value(shape, weight=kind != InputKind.USER_INPUT)
+        name = self.names[target]
+        if node.users:
+            self.used.add(name)
+        labels = []
+        for dim, size in enumerate(shape):
+            if size < 2:
+                continue
+            if (name, dim) not in self.axes:
+                self.axes[name, dim] = self.atoms.new(size)
+            along = [1] * len(shape)
+            along[dim] = size
+            labels.append(self.axes[name, dim].reshape(along).expand(shape))
+        return Value(shape, [array for array in labels if varied(array)])
+
+    def _call(self, node: Node, inputs: tuple[Any, Any]) -> Any:
+        args, kwargs = inputs
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        given = [value for value in tree_leaves(inputs, is_leaf=is_value) if is_value(value)]
+        result: Any
+        if not isinstance(node.target, torch._ops.OpOverload):
+            constant = self.transcript.begin(self.operator(), given, [])
+            result = self.unknown(given, node)
+        else:
+            name = node.target._schema.name.removeprefix("aten::")
+            in_place = name.endswith("_") and not name.endswith("__")
+            name = name.rstrip("_") if in_place else name
+            bound = _bind(node.target, args, kwargs)
+            if self._in_multihead(node):
+                # Its forward computes the width of a head from embed_dim, which is the width of the input as well.
+                for value in given:
+                    if not value.weight:
+                        self.freeze(value, "nn.MultiheadAttention derives its sizes from embed_dim: see open_heads()")
+            constant = self.transcript.begin(name, given, _numbers(node.target, bound))
+            rule = self._rules.get(name)
+            result = rule(self, bound, node) if rule else self.unknown(given, node)
+            if in_place and name not in _RENAMED and isinstance(result, Value) and is_value(bound.get("self")):
+                self._written(bound["self"], result, node)
+        weight = constant or all(value.weight for value in given)
+        for position, value in enumerate(result if isinstance(result, list) else [result]):
+            if isinstance(value, Value):
+                value.weight = weight
+                value.constant = constant
+                if constant:
+                    value.recipe = self.transcript.recipe(given, position)
+                elif not weight:
+                    self._note_sizes(value)
+                    self.transcript.result(value, given, self.where())
+        return result
+
+    def unknown(self, given: list[Value], node: Node) -> Any:
+        """Freezes what reaches an operator that nothing is known about."""
+        for value in given:
+            self.freeze(value, f"{self.where()} has no rule")
+            if value.weight:  # nothing that follows tells that a layer has them
+                self.roles[PRODUCER] += [core(labels).reshape(-1).unique() for labels in value.labels]
+        return blank(node)
+
+    def _in_multihead(self, node: Node) -> bool:
+        stack = (node.meta.get("nn_module_stack") or {}).values()
+        modules = [self.modules.get(name.split("@")[0]) for name, _ in stack]
+        return any(getattr(type(module), "forward", None) is nn.MultiheadAttention.forward for module in modules)
+
+    def _written(self, target: Value, result: Value, node: Node) -> None:
+        """What an operator in place does to everything that shares memory with its target."""
+        # Other names of the same memory are not told what has been written into it.
+        covered = {dim for labels in target.labels for dim in varied(labels)}
+        for labels in result.labels:
+            if not covered.issuperset(varied(labels)):
+                self.freeze(labels, f"{self.where()} writes them into another tensor")
+        own = node.meta["val"]
+        storage = own.untyped_storage()
+        elements = storage.nbytes() // own.element_size()
+        everything = own.numel() == elements
+        written = torch.zeros(0 if everything else elements, dtype=torch.bool)
+        if not everything:
+            written.as_strided(own.shape, own.stride(), own.storage_offset()).fill_(True)
+        for value, val in self._memory.get(storage._cdata, ()):
+            value.uniform = value.uniform and result.uniform and everything
+            if everything or not value.labels:
+                continue
+            if val.element_size() != own.element_size():
+                self.freeze(value, f"{self.where()} writes into them under another type")
+                continue
+            mask = written.as_strided(val.shape, val.stride(), val.storage_offset())
+            parted = varied(mask)
+            for labels in value.labels:
+                over = [dim for dim in varied(labels) if dim in parted]
+                if over and len(over) < len(varied(labels)):
+                    self.join_over(labels, over)
+                elif over:
+                    self.freeze(labels, f"{self.where()} writes into some of them, by position")
+
+    def _note_sizes(self, value: Value) -> None:
+        stack = list((self._node.meta.get("nn_module_stack") or {}).values()) if self._node else []
+        for name, _ in stack[-2:]:
+            name = name.split("@")[0]
+            module = self.modules.get(name)
+            if module is None or type(module).__module__.startswith("torch.nn."):
+                continue
+            for attribute, size in vars(module).items():
+                if type(size) is not int or size < 2 or not may_count_units(attribute):
+                    continue
+                for labels in value.labels:
+                    for dim in range(labels.dim()):
+                        counted = _once(labels, dim, size) if labels.stride(dim) != 0 else None
+                        if counted is not None and (counted is labels or surely_counts_units(attribute)):
+                            self.sizes.append(Size(name, attribute, counted, dim, False))
+
+    def size_follows(self, attribute: str, labels: Tensor, dim: int) -> None:
+        """Notes that an attribute of the current layer counts the indices of a dimension."""
+        module = self.modules.get(self.module())
+        # A property follows by itself.
+        if module is not None and vars(module).get(attribute) == labels.size(dim):
+            self.sizes.append(Size(self.module(), attribute, labels, dim, True))
+
+    def see(self, where: str, value: Value, *kinds: type[nn.Module]) -> None:
+        """Notes that a hook of the current layer sees a tensor."""
+        if isinstance(self.modules.get(self.module()), kinds):
+            for labels in value.labels:
+                self.sightings.append(Sighting(self.module(), where, labels))
+
+
+Rule = Callable[[Propagation, dict[str, Any], Node], Any]
+
+
+def _live(program: ExportedProgram) -> set[Node]:
+    """Operators that outputs or memory depend on. Code takes numbers for a log out of the others."""
+    live: set[Node] = set()
+    for node in reversed(program.graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "output" or node in live or (schema is not None and schema.is_mutable):
+            live.update([node, *node.all_input_nodes])
+    return live
+
+
+def _bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the names that the operator's schema gives them."""
+    schema = target._schema.arguments
+    bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    bound.update(zip((argument.name for argument in schema), args, strict=False))
+    bound.update(kwargs)
+    return bound
+
+
+def _numbers(target: torch._ops.OpOverload, bound: Mapping[str, Any]) -> list[Any]:
+    """Arguments that enter the arithmetic; sizes, dimensions and positions are integers in the schema."""
+    kinds = {argument.name: str(argument.type).lower() for argument in target._schema.arguments}
+    return [
+        value
+        for name, value in bound.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "int" not in kinds.get(name, "")
+    ]
+
+
+def _once(labels: Tensor, dim: int, size: int) -> Tensor | None:
+    """Labels of so many indices, of which a dimension may be several rounds: of heads, once for each sample."""
+    rounds, rest = divmod(labels.size(dim), size)
+    if rest or not rounds:
+        return None
+    first = labels.narrow(dim, 0, size)
+    return labels if rounds == 1 else first if torch.equal(labels, torch.cat([first] * rounds, dim)) else None
+
+
+def blank(node: Node) -> Any:
+    """The result of an operator, without labels."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return [Value(tuple(getattr(item, "shape", ()))) for item in value]
+    return Value(tuple(getattr(value, "shape", ())))
+
+
+_RENAMED = {"detach", "requires_grad", "squeeze", "unsqueeze", "t", "transpose"}  # in place, they write nothing
