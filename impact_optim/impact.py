@@ -453,7 +453,9 @@ def face_documentation(name: str, base: str, arguments: str, example: str) -> st
             torch.optim, an iterable of parameters, of named parameters, or of dicts that define parameter groups. All
             options can be given per group.
         {arguments} (optional):
-            those of :class:`torch.optim.{base}`; the weight decay is that of the dense weights.
+            those of :class:`torch.optim.{base}`; the weight decay is that of the dense weights. With ``fused=None`` a
+            kernel takes the step where one can (float32, bfloat16 or float64, on a CPU with a C++ compiler or a GPU
+            with Triton); ``True`` insists on it, and ``False`` or ``foreach=True`` keep to tensor code.
 {documentation()}
 
     State per weight, beside {base}'s: ``log_importance``, 4 bytes whatever the dtype of the parameter

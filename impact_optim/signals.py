@@ -13,6 +13,8 @@ divided by its running mean absolute value.
 A signal of your own is one line, usable at once as ``ImpactSGD(..., importance="mine")``::
 
     impact_optim.SIGNALS["mine"] = lambda weight, grad, step: -weight.square() * grad.square()
+
+Steps with it take the tensor code: the kernels know those of this file.
 """
 
 from __future__ import annotations

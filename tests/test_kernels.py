@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROUNDING = 1e-6  # a draw may differ where its random number lies this close to π
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 2e-2}
 
 options = st.fixed_dictionaries(
     {

@@ -235,4 +235,4 @@ class Weights:
         self._call("impact_step", group, self._table, len(self._table), result)
         if not group.signal:
             return scale
-        return next_scale(torch.tensor(before), torch.tensor(result[0] / max(result[1], 1.0)))
+        return next_scale(*torch.tensor([before, result[0] / max(result[1], 1.0)], dtype=torch.float32).unbind())

@@ -350,7 +350,9 @@ class Weights:
         columns = {**tensors, "is_masked": masked, "is_first": first}
         table = self._table(columns, group.words)
         given = scale
-        if not isinstance(scale, Tensor):
+        if isinstance(scale, Tensor):
+            scale = scale.to(self._device, non_blocking=True)  # a checkpoint may have it elsewhere
+        else:
             scale = torch.full((), scale, dtype=torch.float32, device=self._device)
         inverse = scale.reciprocal().masked_fill_(scale <= torch.finfo(torch.float32).tiny, 0.0)
         normalizer = torch.zeros_like(scale)

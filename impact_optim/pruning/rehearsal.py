@@ -170,12 +170,12 @@ def counted_macs(model: nn.Module) -> Iterator[dict[str, int]]:
     enabled = [backend.enabled for backend in backends]
     try:
         for backend in backends:
-            backend.enabled = False
+            backend.set_flags(False)  # not `enabled`, which cannot be set once torch.testing has locked it
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             yield macs
     finally:
         for backend, was in zip(backends, enabled, strict=True):
-            backend.enabled = was
+            backend.set_flags(was)
     flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     root = type(model).__name__
     for name, _ in model.named_modules():
