@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import checkpoint
 from .importances import Simplex
 from .kernels import fused
-from .masking import Masking, dynamo_is_active
+from .masking import Masking, dynamo_is_active, not_compiled
 from .masks import Draw, Mask, times
 from .options import DEFAULTS, check
 from .signals import READS_STEP
@@ -193,7 +193,7 @@ class Engine:
 
     # -- before the step --
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @not_compiled
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _check_not_capturing()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -212,7 +212,7 @@ class Engine:
             return (args[0], with_gradients, *args[2:]), kwargs
         return args, {**kwargs, "closure": with_gradients}
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @not_compiled
     @torch.no_grad()
     def _prepare(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         """From dense gradients to new importances and masked gradients; or to new weights, where a kernel can."""
@@ -352,7 +352,7 @@ class Engine:
 
     # -- after the step --
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @not_compiled
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         step = self._steps.get(optimizer, _Step())
@@ -408,13 +408,13 @@ class Engine:
 
     # -- loading --
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @not_compiled
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loading[optimizer] = checkpoint.checked(optimizer, state_dict, self._name)
         self._steps.pop(optimizer, None)
         return self._loading[optimizer]
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @not_compiled
     def _after_load(self, optimizer: Optimizer) -> None:
         checkpoint.restore(optimizer, self._loading.pop(optimizer))
         for simplex in self._simplexes[optimizer]:

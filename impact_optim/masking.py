@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 import threading
 import warnings
@@ -26,7 +27,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from .masks import Draw, Mask
 
 # Tracing of torch.fx by itself, not as a part of torch.export; older versions of torch do not tell the two apart.
 is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _OPENS_BEFORE_WARNING = 10  # optimizers that pass twice or more before a step change the weights a few times
 
 
@@ -554,6 +556,19 @@ def dynamo_is_active() -> bool:
     """Whether frames that are called from here may be compiled."""
     dynamo = sys.modules.get("torch._C._dynamo.eval_frame") if "torch._dynamo" in sys.modules else None
     return dynamo is not None and dynamo.get_eval_frame_callback() not in (None, False)
+
+
+def not_compiled(function: _Function) -> _Function:
+    """Keeps dynamo out of a function, at no price while nothing is compiled."""
+    disabled = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or dynamo_is_active():
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 def _is_optimized(module: nn.Module) -> bool:

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..simplex import level_sample, next_scale
+from ..simplex import CLIP, SCALE_DECAY, level_sample
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 SIGNALS = {"uniform": 0, "saliency": 1, "fisher": 2, "magnitude": 3, "lookahead": 4, "hypergradient": 4}
 IMPORTANCES, GRADIENT, SGD, ADAMW = range(4)
 """What follows the mirror step: nothing, the masked gradients, or the step of a base optimizer."""
 
+_TENSORS = ("grad", "out", "first_moment", "second_moment", "largest_moment", "last_step", "steps")
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _MACHINE_FLAGS = [["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []]  # the first that compile
@@ -149,6 +150,8 @@ class Weights:
         self.members = list(members)
         self._dtype = DTYPES[members[0].dtype]
         self.flat: Tensor | None = None
+        self._set: frozenset[str] = frozenset()
+        """The fields for tensors of a step that are not null."""
         self._layouts = [(p.shape, p.stride()) for p in members]
         self._index = {p: i for i, p in enumerate(members)}
         self._table = (Entry * len(members))()
@@ -225,9 +228,13 @@ class Weights:
         """
         for entry, p, is_masked, is_first in zip(self._table, self.members, masked, first, strict=True):
             entry.weight, entry.is_masked, entry.is_first = p.data_ptr(), is_masked, is_first
-        for name in ("grad", "out", "first_moment", "second_moment", "largest_moment", "last_step", "steps"):
-            for entry, t in zip(self._table, tensors.get(name) or [None] * len(self._table), strict=True):
+        for name in _TENSORS:
+            given = tensors.get(name) or ()
+            if not given and name not in self._set:
+                continue
+            for entry, t in zip(self._table, given or [None] * len(self._table), strict=True):
                 setattr(entry, name, None if t is None else t.data_ptr())
+            self._set = self._set | {name} if given else self._set - {name}
         before = float(scale)
         # No signal is used before its scale is known: the first one only sets it.
         group.inverse_scale = 1.0 / before if before > torch.finfo(torch.float32).tiny else 0.0
@@ -235,4 +242,8 @@ class Weights:
         self._call("impact_step", group, self._table, len(self._table), result)
         if not group.signal:
             return scale
-        return next_scale(*torch.tensor([before, result[0] / max(result[1], 1.0)], dtype=torch.float32).unbind())
+        mean = result[0] / max(result[1], 1.0)
+        mean = mean if mean <= torch.finfo(torch.float32).max else 0.0  # a sum of finite signals may still overflow
+        if before > 0:  # as next_scale()
+            mean = before + (min(mean, CLIP * before) - before) * (1 - SCALE_DECAY)
+        return torch.tensor(mean, dtype=torch.float32)
