@@ -6,6 +6,8 @@ import inspect
 import io
 import math
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -1089,3 +1091,22 @@ def test_differentiable_step_has_the_derivatives_of_sgd():
     assert_same(list(ours), list(sgd))
     derivatives = [torch.autograd.grad(sum(t.square().sum() for t in out), (lr, *tensors)) for out in (ours, sgd)]
     assert_same(list(derivatives[0]), list(derivatives[1]))
+
+
+def test_an_import_brings_no_compiler():
+    """And none of what takes long: half a second for torch.export, which only the pruner needs."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import impact_optim; print(*sorted(set(sys.modules) - before))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "impact_optim.kernels.cpu" in found
+    heavy = (
+        "triton",
+        "sympy",
+        "torch.export",
+        "torch._inductor",
+        "torch._dynamo",
+        "matplotlib",
+        "impact_optim.pruning",
+    )
+    assert not [name for name in found if name.startswith(heavy)]

@@ -675,6 +675,26 @@ def test_a_step_makes_few_transients(face):
 
 
 @every_face
+def test_a_masked_pass_holds_the_masked_weights_and_nothing_else(face):
+    model = nn.Linear(ROW, 200, bias=False)
+    _, optimizer = face(model, drop_rate=0.3)
+    x = torch.randn(2, ROW)
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    weights_size = 4 * model.weight.numel()
+    assert weights_size <= now <= most < 1.05 * weights_size
+
+
+@every_face
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_state_takes_four_bytes_a_weight(face, dtype):
     model = net(dtype=dtype)
