@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import tempfile
 import warnings
 from copy import deepcopy
 
@@ -354,6 +355,17 @@ def test_a_compiled_library_is_found_again(monkeypatch, tmp_path):
         warnings.simplefilter("error")
         assert cpu.library.__wrapped__() is not None
     assert [path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")] == [before]
+
+
+def test_without_a_home_the_library_lies_in_the_folder_for_temporary_files(monkeypatch, tmp_path):
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.write_text("no folder")
+    temporary.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert cpu.library.__wrapped__() is not None
+    assert len(list(temporary.rglob("*.so"))) == 1
 
 
 # -- the base's part --

@@ -91,10 +91,12 @@ def _built(compiler: str, flags: list[str]) -> Path:
     name = hashlib.sha256(b"\0".join([source, shlex.join(command).encode(), _processor().encode()])).hexdigest()[:20]
     for folder in _caches():
         path = folder / f"{name}.so"
-        if path.exists():
-            return path
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+                continue  # code of another user is not run
+            if path.exists():
+                return path
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / path.name
                 subprocess.run(
@@ -102,7 +104,7 @@ def _built(compiler: str, flags: list[str]) -> Path:
                 )
                 made.replace(path)  # at once, beside other processes that do the same
             return path
-        except PermissionError:
+        except OSError:  # it cannot be written
             continue
     raise OSError("no folder to keep the compiled kernels in")
 
