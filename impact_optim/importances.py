@@ -263,7 +263,7 @@ class Simplex:
         if group.get("fused") is False or group.get("foreach") or group.get("differentiable"):
             return None
         kernels = fused.kernels_for(self.members, is_wanted=bool(group.get("fused")))
-        if kernels is not None and self._weights is None:
+        if kernels is not None and (self._weights is None or self._weights.dtype is not self.members[0].dtype):
             self._weights = kernels.Weights(self.members, [self._places[p][1] for p in self.members])
             if self.flat is not None:
                 self._weights.set_importances(self.flat[self.members[0].device])

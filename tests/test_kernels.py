@@ -434,3 +434,36 @@ def test_a_change_of_memory_format_keeps_the_importances_at_their_weights(face):
             model(x).square().mean().backward()
             optimizer.step()
         assert impact.importance(model.weight).std() > 0.01
+
+
+@every_face
+@pytest.mark.parametrize("when", ["between steps", "before the backward pass", "before the step"])
+def test_a_change_of_dtype_is_noticed(face, when):
+    """A kernel goes by addresses, and must not take two bytes for four."""
+    found = []
+    for fused in (None, False):
+        model = two_layers()
+        impact, optimizer = face(model, drop_rate=0.3, importance_lr=0.1)
+        optimizer.param_groups[0]["fused"] = fused
+        run(model, optimizer, range(3))
+        x = torch.randn(16, 12, generator=torch.Generator().manual_seed(9))
+        optimizer.zero_grad()
+        if when == "between steps":
+            model.double()
+        loss = model(x.to(model[0].weight.dtype)).square().mean()
+        if when == "before the backward pass":
+            model.double()
+            loss = model(x.double()).square().mean()
+        loss.backward()
+        if when == "before the step":
+            model.double()
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                if key not in ("log_importance", "step"):
+                    state[key] = value.double()
+        optimizer.step()
+        run(model, optimizer, range(3, 6))
+        found.append(clones(model))
+        assert is_fused(impact) == [fused is None]
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5)

@@ -150,7 +150,7 @@ class Weights:
 
     def __init__(self, members: Sequence[Tensor], starts: Sequence[int]) -> None:
         self.members = list(members)
-        self._dtype = DTYPES[members[0].dtype]
+        self.dtype = members[0].dtype
         self.flat: Tensor | None = None
         self._set: frozenset[str] = frozenset()
         """The fields for tensors of a step that are not null."""
@@ -167,7 +167,7 @@ class Weights:
             entry.log_importance = flat.data_ptr() + 4 * entry.start
 
     def group(self, **fields: Any) -> Group:
-        return Group(dtype=self._dtype, **fields)
+        return Group(dtype=DTYPES[self.dtype], **fields)
 
     def copy(self, group: Group) -> Group:
         return Group.from_buffer_copy(group)
@@ -185,6 +185,8 @@ class Weights:
 
     def masked(self, group: Group, param: Tensor) -> Tensor:
         """The masked weight."""
+        if param.dtype is not self.dtype:  # it had another when the masks were drawn
+            return param * self.factor(group, param).to(param.dtype)
         return self._make("impact_mask", group, param, param)
 
     def _make(self, function: str, group: Group, param: Tensor, weight: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ _CODES: dict[Signal, int] = {saliency: 1, fisher: 2, magnitude: 3, hypergradient
 class Weights(Protocol):
     """The weights of one parameter group as the kernels of a device take them."""
 
+    dtype: torch.dtype
     flat: Tensor | None
     """Their log-importances, float32, one dimension."""
 

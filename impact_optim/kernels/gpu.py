@@ -266,7 +266,7 @@ class Weights:
         self._fixed = {"size": [p.numel() for p in members], "start": list(starts)}
         """Columns of the table that stay."""
         self.flat: Tensor | None = None
-        self._dtype, self._device = _DTYPES[members[0].dtype], members[0].device
+        self.dtype, self._device = members[0].dtype, members[0].device
         blocks = [
             torch.stack([torch.full((stop - first,), i), torch.arange(first, stop)], dim=1)
             for i, (p, start) in enumerate(zip(members, starts, strict=True))
@@ -299,7 +299,7 @@ class Weights:
             sums = torch.empty(4 * self._programs, dtype=torch.float32, device=self._device)
             shares = [torch.full((), value, dtype=torch.float64, device=self._device) for value in (mean, 1.0 - mean)]
             for _ in range(NEWTON_STEPS):
-                self._launch(_fill_kernel, table, level, sums, DTYPE=self._dtype, HOLDS=group.holds_zeros)
+                self._launch(_fill_kernel, table, level, sums, DTYPE=_DTYPES[self.dtype], HOLDS=group.holds_zeros)
                 with self._on_device():
                     _newton_kernel[(1,)](sums, self._programs, level, *shares, IS_LOW=mean < 0.5, BLOCK=BLOCK)
         group.level = level
@@ -311,6 +311,8 @@ class Weights:
 
     def masked(self, group: Group, param: Tensor) -> Tensor:
         """The masked weight; those of all members are made at once, and handed out one by one."""
+        if param.dtype is not self.dtype:  # it had another when the masks were drawn
+            return param * self.factor(group, param).to(param.dtype)
         version, weight = group.made.pop(param, (-1, None))
         if weight is None or version != param._version:
             with torch._C._DisableFuncTorch():
@@ -333,7 +335,7 @@ class Weights:
             self._on(group.level),
             group.keep_floor,
             group.divisor,
-            DTYPE=self._dtype,
+            DTYPE=_DTYPES[self.dtype],
             IMPORTANT=bool(group.drops_important),
             CONSTANT=bool(group.is_constant),
             FACTORS=wants_factors,
@@ -380,8 +382,8 @@ class Weights:
             1.0 - group.beta1,
             1.0 - group.beta2,
             group.eps,
-            DTYPE=self._dtype,
-            REAL=tl.float64 if self._dtype == tl.float64 else tl.float32,
+            DTYPE=_DTYPES[self.dtype],
+            REAL=tl.float64 if self.dtype is torch.float64 else tl.float32,
             IMPORTANT=bool(group.drops_important),
             CONSTANT=bool(group.is_constant),
             SIGNAL=group.signal,
