@@ -124,6 +124,7 @@ def scores_of(
             raise ValueError(
                 f"{name(members[0])} has no importances {'with' if importance == 'uniform' else why} "
                 f"importance={importance!r}; choose by='magnitude'"
+                + ("" if importance == "uniform" else ", or train first (the first step only finds the signal's size)")
             )
         w = simplex.importances() if by == "importance" else {}
         keep = simplex.keep_probabilities() if by == "expected" and simplex.group["drop_rate"] > 0 else {}

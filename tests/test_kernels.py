@@ -467,3 +467,16 @@ def test_a_change_of_dtype_is_noticed(face, when):
         assert is_fused(impact) == [fused is None]
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("face", FACES[:2], ids=lambda face: face.name)
+def test_state_of_another_shape_is_left_to_the_base(face):
+    """Which refuses it; a kernel would read past its end."""
+    model = two_layers()
+    _, optimizer = face(model, drop_rate=0.3)
+    run(model, optimizer, range(2))
+    state = optimizer.state[model[0].weight]
+    key = "momentum_buffer" if "momentum_buffer" in state else "exp_avg"
+    state[key] = state[key][:3]
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        run(model, optimizer, range(2, 3))

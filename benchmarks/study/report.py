@@ -366,7 +366,7 @@ def draw() -> None:
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("test accuracy (%)")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8, handlelength=3.5)
     figure.savefig(IMAGES / "study_sparse.png", dpi=130)
 
 

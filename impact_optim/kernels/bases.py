@@ -81,10 +81,11 @@ def _adamw(
 
 
 def _is_alike(tensor: Tensor | None, param: Tensor) -> bool:
-    """Whether a state tensor, if there is one, lies in memory as its parameter does."""
+    """Whether a state tensor, if there is one, lies in memory as its parameter does: kernels go by addresses."""
     if tensor is None:
         return True
-    return tensor.dtype is param.dtype and tensor.device == param.device and tensor.stride() == param.stride()
+    is_like = tensor.dtype is param.dtype and tensor.device == param.device
+    return is_like and tensor.shape == param.shape and tensor.stride() == param.stride()
 
 
 _BASES: dict[type[Optimizer], Callable[..., Base | None]] = {SGD: _sgd, AdamW: _adamw}

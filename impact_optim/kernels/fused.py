@@ -178,7 +178,7 @@ def plan(
     name = group["importance"]
     signal = 0 if name in ("uniform", "lookahead") else _CODES.get(SIGNALS[name])
     weights = simplex.weights()
-    if weights is None or signal is None or any(p not in grads or grads[p].dtype is not p.dtype for p in members):
+    if weights is None or signal is None or not all(p in grads and _fits(grads[p], p) for p in members):
         return None
     found = {simplex.mask.draws[p] for p in masked} if simplex.mask is not None else set()
     drawn = next(iter(found), None)
@@ -189,7 +189,10 @@ def plan(
         last_steps = [simplex.optimizer.state.get(p, {}).get("last_step") for p in members]
         if all(last is None for last in last_steps):
             signal = 0
-        elif any(last is None or last.stride() != p.stride() for last, p in zip(last_steps, members, strict=True)):
+        elif any(
+            last is None or not (_fits(last, p) and last.stride() == p.stride())
+            for last, p in zip(last_steps, members, strict=True)
+        ):
             return None
     changes_gradients = bool(masked) or group["hold_zeros"]
     base = base_of(simplex.optimizer, group, members) if may_take_base_step and changes_gradients else None
@@ -204,11 +207,7 @@ def update(simplex: Simplex, grads: Mapping[Tensor, Tensor], steps: Mapping[Tens
     members, signal = simplex.members, _CODES.get(SIGNALS[simplex.group["importance"]])
     weights = simplex.weights()
     given = [grads] if steps is None else [grads, steps]
-    if (
-        weights is None
-        or signal is None
-        or not all(p in of and of[p].dtype is p.dtype for of in given for p in members)
-    ):
+    if weights is None or signal is None or not all(p in of and _fits(of[p], p) for of in given for p in members):
         return False
     tensors: dict[str, list[Tensor | None]] = {"grad": [laid_out_like(p, grads[p]) for p in members]}
     if steps is not None:
@@ -239,6 +238,10 @@ def mirror(
     if signal:
         simplex.start()
     group["signal_scale"] = weights.step(step, tensors, masked, first, group["signal_scale"])
+
+
+def _fits(tensor: Tensor, param: Tensor) -> bool:
+    return tensor.shape == param.shape and tensor.dtype is param.dtype and tensor.device == param.device
 
 
 def laid_out_like(param: Tensor, tensor: Tensor) -> Tensor:
