@@ -40,8 +40,10 @@ class _Step:
 class Engine:
     """The part of :class:`impact_optim.Impact` that works by itself, called by hooks of the optimizers and of autograd.
 
-    A step goes from top to bottom: :meth:`_before_step` takes the signal of the dense gradients, moves the importances
-    and masks the gradients; the base steps; :meth:`_after_step` restores the gradients, holds the zeros, counts."""
+    A step goes from top to bottom: :meth:`_prepare` takes the signal of the dense gradients, moves the importances and
+    masks the gradients; the base steps; :meth:`_after_step` restores the gradients, holds the zeros, counts. Where a
+    kernel can, it takes the step of the base in :meth:`_prepare`, and the base finds no gradients. :meth:`_prepare` is
+    called by a hook, and in the optimizers that are an engine by their ``step``, after the hooks of others."""
 
     _steps_by_itself = False
     """Whether step() is the engine's own, which calls :meth:`_prepare`, and not that of another optimizer."""
