@@ -11,10 +11,10 @@ QUICK := test_simplex test_masking test_drop_rate test_sampling test_reference t
 # Learning rates are those that the study (benchmarks/study) found on a validation split.
 demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones: 3 seeds, under 3 minutes; runs/demo*
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --drop-rate 0.3 --threads 1 --out runs/demo \
-		--arms baseline dropconnect impacts impacts+regularization fisher \
-		--lr 0.1 --set baseline.lr=0.05 --set impacts.lr=0.05 --set fisher.lr=0.2
+		--arms baseline dropconnect impacts impacts+regularization saliency \
+		--lr 0.1 --set baseline.lr=0.05 --set impacts.lr=0.05 --set saliency.lr=0.2
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --model cnn --epochs 20 --threads 1 \
-		--out runs/demo-pruned --arms baseline fisher --prune 8:0.3,14:0.5 --prune-target macs
+		--out runs/demo-pruned --arms baseline saliency --prune 8:0.3,14:0.5 --prune-target macs
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --lr 0.1 --threads 1 --out runs/demo-sparse \
 		--arms baseline gradual-magnitude saliency --set saliency.lr=0.2 --final-sparsity 0.9
 
