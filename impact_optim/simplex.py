@@ -106,7 +106,7 @@ def fill_level(w: Sequence[Tensor], mean: float, alive: Tensor | None = None) ->
     The level of a sample, of up to 65536 weights, is exact, and Newton steps lead on to that of all. The mean is a
     concave, piecewise linear function of c: a step is exact but for the weights with c·w near 1, whose number bounds
     what is left. On a CPU, steps go on until that is 1e-3 of what is dropped or kept, mostly one or two; elsewhere
-    there are six, since to look would wait for the device.
+    there are four, since to look would wait for the device.
 
     Args:
         w: the weights of the simplex, float32, not negative.

@@ -659,12 +659,17 @@ def peak_of_a_step(optimizer, model):
         model(x).square().mean().backward()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             optimizer.step()
+    return memory(profiler)[1]
+
+
+def memory(profiler):
+    """The bytes that are left at the end, and that there were at most."""
     now = most = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    return most
+    return now, most
 
 
 @every_face
@@ -688,11 +693,7 @@ def test_a_masked_pass_holds_the_masked_weights_and_nothing_else(face):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
+    now, most = memory(profiler)
     weights_size = 4 * model.weight.numel()
     assert weights_size <= now <= most < 1.05 * weights_size
 

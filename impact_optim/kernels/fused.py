@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..layout import memory_order
 from ..masks import KernelDraw
 from ..signals import SIGNALS, Signal, fisher, hypergradient, magnitude, saliency
 from ..simplex import fill_target
@@ -84,17 +85,9 @@ def fits(members: Sequence[Tensor]) -> bool:
         and p.device == members[0].device
         and p.device.type in ("cpu", "cuda")
         and p.untyped_storage().device.type == p.device.type  # a fake tensor has no memory
-        and is_dense(p)
+        and (p.is_contiguous() or p.permute(memory_order(p)).is_contiguous())
         for p in members
     )
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a run of memory, in some order of the dimensions."""
-    if tensor.is_contiguous():
-        return True
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(order).is_contiguous()
 
 
 def draw(simplex: Simplex, step: int, stream: int) -> KernelDraw | None:

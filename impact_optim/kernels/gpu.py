@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import sample
+from ..layout import flatten, sample
 from ..simplex import LARGEST_SAMPLE, NEWTON_STEPS, SAMPLE, log_mean_exp, next_scale, sorted_level
 
 BLOCK = 1024  # places of a group that one program works on; a divisor of a row of random bits
@@ -293,8 +293,14 @@ class Weights:
     def set_level(self, group: Group, mean: float) -> None:
         """The level of the weights that live: Newton steps from that of a sample."""
         assert self.flat is not None
-        level = sorted_level(sample([self.flat], LARGEST_SAMPLE).exp(), mean)
-        if self._numel > LARGEST_SAMPLE or group.holds_zeros:
+        runs = [self.flat]
+        if group.holds_zeros:  # the sample is to tell what lives, tensor by tensor
+            runs = [self.flat[s : s + p.numel()] for s, p in zip(self._starts, self.members, strict=True)]
+        w = sample(runs, LARGEST_SAMPLE).exp()
+        if group.holds_zeros:
+            w.mul_(sample([flatten(p.detach(), p) for p in self.members], LARGEST_SAMPLE) != 0)
+        level = sorted_level(w, mean)
+        if self._numel > LARGEST_SAMPLE:
             table = self._table({}, [])
             sums = torch.empty(4 * self._programs, dtype=torch.float32, device=self._device)
             shares = [torch.full((), value, dtype=torch.float64, device=self._device) for value in (mean, 1.0 - mean)]
