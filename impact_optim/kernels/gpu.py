@@ -8,6 +8,7 @@ table on the device tells it where the tensors lie.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -275,6 +276,9 @@ class Weights:
         self._blocks = torch.cat(blocks).to(torch.int32).to(self._device)
         """The tensor and the block of places that each program works on."""
         self._programs = len(self._blocks)
+        ends = list(itertools.accumulate(map(len, blocks), initial=0))
+        self._ranges = list(itertools.pairwise(ends))
+        """Which of these programs are of each tensor."""
 
     @property
     def _numel(self) -> int:
@@ -305,15 +309,20 @@ class Weights:
             sums = torch.empty(4 * self._programs, dtype=torch.float32, device=self._device)
             shares = [torch.full((), value, dtype=torch.float64, device=self._device) for value in (mean, 1.0 - mean)]
             for _ in range(NEWTON_STEPS):
-                self._launch(_fill_kernel, table, level, sums, DTYPE=_DTYPES[self.dtype], HOLDS=group.holds_zeros)
+                self._launch(
+                    _fill_kernel, self._blocks, table, level, sums, DTYPE=_DTYPES[self.dtype], HOLDS=group.holds_zeros
+                )
                 with self._on_device():
                     _newton_kernel[(1,)](sums, self._programs, level, *shares, IS_LOW=mean < 0.5, BLOCK=BLOCK)
         group.level = level
 
     def factor(self, group: Group, param: Tensor) -> Tensor:
-        outs = [torch.empty_strided(*layout, dtype=torch.float32, device=self._device) for layout in self._layouts]
-        self._mask(group, outs, True)
-        return outs[next(i for i, p in enumerate(self.members) if p is param)]
+        i = next(i for i, p in enumerate(self.members) if p is param)
+        outs: list[Tensor | None] = [None] * len(self.members)
+        with torch._C._DisableFuncTorch():
+            outs[i] = out = torch.empty_strided(*self._layouts[i], dtype=torch.float32, device=self._device)
+            self._mask(group, outs, True, self._blocks[slice(*self._ranges[i])])
+        return out
 
     def masked(self, group: Group, param: Tensor) -> Tensor:
         """The masked weight; those of all members are made at once, and handed out one by one."""
@@ -327,15 +336,16 @@ class Weights:
                     torch.as_strided(flat, *layout, start)
                     for layout, start in zip(self._layouts, self._starts, strict=True)
                 ]
-                self._mask(group, outs, False)
+                self._mask(group, outs, False, self._blocks)
                 group.made = {p: (p._version, out) for p, out in zip(self.members, outs, strict=True)}
             _, weight = group.made.pop(param)
         return weight
 
-    def _mask(self, group: Group, outs: Sequence[Tensor], wants_factors: bool) -> None:
+    def _mask(self, group: Group, outs: Sequence[Tensor | None], wants_factors: bool, blocks: Tensor) -> None:
         table = self._table({"out": outs}, group.words)
         self._launch(
             _mask_kernel,
+            blocks,
             table,
             table[len(self.members) * len(_COLUMNS) :],
             self._on(group.level),
@@ -370,6 +380,7 @@ class Weights:
         sums = torch.empty(self._programs, 2, dtype=torch.float32, device=self._device)
         self._launch(
             _step_kernel,
+            self._blocks,
             table,
             table[len(self.members) * len(_COLUMNS) :],
             self._on(group.level),
@@ -433,9 +444,9 @@ class Weights:
             return level
         return torch.full((), level, dtype=torch.float64, device=self._device)
 
-    def _launch(self, kernel: Any, table: Tensor, *arguments: Any, **constants: Any) -> None:
+    def _launch(self, kernel: Any, blocks: Tensor, table: Tensor, *arguments: Any, **constants: Any) -> None:
         with self._on_device():
-            kernel[(self._programs,)](table, len(self.members), self._blocks, *arguments, BLOCK=BLOCK, **constants)
+            kernel[(len(blocks),)](table, len(self.members), blocks, *arguments, BLOCK=BLOCK, **constants)
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
