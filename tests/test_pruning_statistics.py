@@ -315,7 +315,11 @@ def test_two_halves_are_the_whole_in_any_order(seed, n, cut):
             stats.update(channel_responses(batch, 1), torch.arange(3))
     for added in (sum_of(first, second), sum_of(second, first)):
         for name, tensor in added.items():
-            torch.testing.assert_close(tensor, getattr(whole, name), rtol=1e-12, atol=1e-12, msg=name)
+            if name == "projections":  # with signs, so that sums may cancel: to rounding of what they add up
+                bound = 64 * torch.finfo(torch.float64).eps * a.abs().sum(0)
+                assert ((tensor - whole.projections).abs() <= bound).all()
+            else:
+                torch.testing.assert_close(tensor, getattr(whole, name), rtol=1e-12, atol=1e-12, msg=name)
     shuffled = gathered(a[torch.randperm(n, generator=generator)])
     assert torch.equal(shuffled.counts, whole.counts)
     assert torch.equal(shuffled.exponent, whole.exponent)
