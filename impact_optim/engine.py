@@ -361,9 +361,7 @@ class Engine:
         for p, grad, masked in step.grads:
             if p.grad is masked:
                 p.grad = grad
-        for simplex in self._simplexes[optimizer]:
-            if simplex.group["importance"] in READS_STEP:
-                self._look_back(optimizer, simplex, step)
+        self._look_back(optimizer, step)
         for p, zero in step.held.items():
             if p.dtype in (torch.float16, torch.bfloat16):  # few bits: a weight that lives may come to zero by chance
                 p.masked_fill_((p == 0) & ~zero, torch.finfo(p.dtype).tiny)
@@ -381,21 +379,30 @@ class Engine:
         self._is_lazy = False
         self._steps.pop(optimizer, None)
 
-    def _look_back(self, optimizer: Optimizer, simplex: Simplex, step: _Step) -> None:
-        """What the signals do that read the step: keep it for the next one, or try it on the same batch."""
-        taken = {p: step.before[p] - p.detach() for p in simplex.members if p in step.before}
-        if simplex.group["importance"] != "lookahead":
-            for p, value in taken.items():
-                optimizer.state[p]["last_step"] = value
+    def _look_back(self, optimizer: Optimizer, step: _Step) -> None:
+        """What the signals do that read the step: keep it for the next one, or try it on the same batch. All groups are
+        tried at once: it is one step that the loss judges."""
+        if not step.before:
             return
-        if step.closure is None or not taken:
+        taken = {p: old - p.detach() for p, old in step.before.items()}
+        judged: dict[Simplex, dict[Tensor, Tensor]] = {}
+        trial: dict[Tensor, Tensor] = {}
+        for simplex in self._simplexes[optimizer]:
+            steps = {p: taken[p] for p in simplex.members if p in taken}
+            if simplex.group["importance"] != "lookahead":
+                for p, value in steps.items():
+                    optimizer.state[p]["last_step"] = value
+            elif steps:
+                judged[simplex] = steps
+                importances = simplex.importances()
+                trial.update((p, step.before[p].float() - importances[p] * d.float()) for p, d in steps.items())
+        if step.closure is None or not trial:
             return
         params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
-        importances = simplex.importances()
-        trial = {p: step.before[p].float() - importances[p] * value.float() for p, value in taken.items()}
         found = _gradients_at(trial, step.closure, params)
-        sign = -1.0 if simplex.group.get("maximize") else 1.0
-        simplex.update({p: grad * sign for p, grad in found.items()}, taken)
+        for simplex, steps in judged.items():
+            sign = -1.0 if simplex.group.get("maximize") else 1.0
+            simplex.update({p: found[p] * sign for p in steps if p in found}, steps)
 
     # -- zeros --
 

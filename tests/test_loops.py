@@ -199,6 +199,31 @@ def test_closure(face):
         by_hand.assert_equals(model)
 
 
+def test_lookahead_tries_the_step_of_all_groups_at_once():
+    torch.manual_seed(0)
+    model = mlp()
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = ImpactSGD(groups, lr=0.1, momentum=0.9, importance="lookahead", importance_lr=0.5, kl_weight=0.1)
+    optimizer.attach(model)
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    for x, y in batches(5):
+        seen = []
+
+        def closure(x: Tensor = x, y: Tensor = y, seen: list = seen) -> Tensor:
+            optimizer.zero_grad()
+            seen.append([p.detach().clone() for p in weights])
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        importances = [optimizer.importance(p) for p in weights]
+        optimizer.step(closure)
+        (old, tried), new = seen, [p.detach() for p in weights]
+        expected = [x - w * (x - x1) for x, w, x1 in zip(old, importances, new, strict=True)]
+        torch.testing.assert_close(tried, expected)
+    assert any((optimizer.importance(p) - 1).abs().max() > 0.1 for p in weights)  # else it would show nothing
+
+
 def test_lookahead_sees_the_same_batch_under_the_same_masks_again():
     """Its h is - lr * step direction * (gradient on the same batch, under the same masks, where the step led)."""
     model = mlp()
