@@ -21,8 +21,8 @@ def build_model(name: str, shape: Sequence[int], classes: int, width: int | None
         name: one of :data:`MODELS`.
         shape: of one input, ``(channels, length)`` or ``(channels, height, width)``.
         classes: number of logits.
-        width: hidden units (mlp), channels (cnn, resnet18: those of the first stage), embedding size (vit); the
-            network's own default if ``None``.
+        width: hidden units (mlp, lenet-300-100), channels (cnn, resnet18: those of the first stage), embedding size
+            (vit); the network's own default if ``None``.
 
     Raises:
         ValueError: no such network, it cannot take inputs of this shape, or the width does not fit it.
@@ -48,6 +48,22 @@ class MLP(nn.Sequential):
             "hidden2": nn.Linear(width, width),
             "relu2": nn.ReLU(),
             "head": nn.Linear(width, classes),
+        }
+        super().__init__(OrderedDict(layers))
+
+
+class LeNet300100(nn.Sequential):
+    """The perceptron of LeCun et al. 1998, with ReLU: ``width`` hidden units (300), and then a third as many."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, width: int | None = None) -> None:
+        width = width or 300
+        layers: dict[str, nn.Module] = {
+            "flatten": nn.Flatten(),
+            "hidden1": nn.Linear(math.prod(shape), width),
+            "relu1": nn.ReLU(),
+            "hidden2": nn.Linear(width, max(1, width // 3)),
+            "relu2": nn.ReLU(),
+            "head": nn.Linear(max(1, width // 3), classes),
         }
         super().__init__(OrderedDict(layers))
 
@@ -178,6 +194,7 @@ def sine_cosine_positions(sizes: Sequence[int], width: int) -> Tensor:
 
 MODELS: dict[str, Callable[[tuple[int, ...], int, int | None], nn.Module]] = {
     "mlp": MLP,
+    "lenet-300-100": LeNet300100,
     "cnn": CNN,
     "resnet18": ResNet18,
     "vit": ViT,
