@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,19 +43,15 @@ PEERS = [
 OURS = Arm("ours", "saliency", {}, (0.1,), lrs=_SIX)  # the ramp moves the drop rate
 
 
+def question_of(sparsity: float, arm: Arm) -> str:
+    """Ours is a question of its own, to be trained alone."""
+    return f"{sparsity} ours" if arm == OURS else f"{sparsity}"
+
+
 def at(sparsity: float, arm: Arm) -> Arm:
     """A method at a sparsity; the others take what did best at 90%."""
-    tuned_as = None if sparsity == TUNED_AT else (f"{TUNED_AT}", arm.name)
-    return Arm(
-        arm.name,
-        arm.base,
-        arm.options,
-        arm.drop_rates,
-        sparsity=sparsity,
-        lrs=arm.lrs,
-        tune=arm.tune,
-        tuned_as=tuned_as,
-    )
+    tuned_as = None if sparsity == TUNED_AT else (question_of(TUNED_AT, arm), arm.name)
+    return replace(arm, sparsity=sparsity, tuned_as=tuned_as)
 
 
 NAMES = tuple(task.name for task in TASKS)
