@@ -14,7 +14,7 @@ from impact_optim import SIGNALS, ImpactSGD, SparsityReport
 from impact_optim.engine import _gradients_at
 from impact_optim.experiments.arms import build_optimizer
 from impact_optim.experiments.models import TransformerBlock
-from impact_optim.experiments.sparse import CannotBeSparse, ramp_epochs
+from impact_optim.experiments.sparse import CannotBeSparse, erdos_renyi, ramp_epochs
 from impact_optim.sparsity import keep_largest
 
 
@@ -23,7 +23,8 @@ class Rewired(torch.optim.SGD):
 
     Every ``every`` steps, until three quarters of the training are over, a share of each tensor's weights that falls
     from 0.3 to 0 as a half cosine is replaced: the smallest go, and as many come back at zero, also of those. Layers
-    are given their densities by their sizes (ERK), so that the network as a whole has the sparsity.
+    are given their densities by their sizes, so that the network as a whole has the sparsity: Erdős–Rényi without the
+    kernel, which is the same for linear layers and better here for convolutions.
 
     Args:
         model: whose tensors of two or more dimensions are sparse.
@@ -55,7 +56,7 @@ class Rewired(torch.optim.SGD):
         self._generator = torch.Generator().manual_seed(seed)
         self._masks: dict[Tensor, Tensor] = {}
         with torch.no_grad():
-            for p, density in zip(weights, erk_densities(weights, 1 - sparsity), strict=True):
+            for p, density in zip(weights, erdos_renyi([p.shape for p in weights], 1 - sparsity), strict=True):
                 kept = self._random(p).argsort()[: max(1, round(density * p.numel()))]
                 self._masks[p] = torch.zeros(p.numel(), dtype=torch.bool).index_fill_(0, kept, True).view_as(p)
                 p.mul_(self._masks[p])
@@ -168,19 +169,6 @@ def smallest_of_units(weight: Tensor, share: float) -> Tensor:
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.dim() >= 2]
-
-
-def erk_densities(weights: list[Tensor], density: float) -> list[float]:
-    """Densities in proportion to (sum of a tensor's sizes) / (their product), at most 1, whose mean is ``density``."""
-    raw = [sum(p.shape) / math.prod(p.shape) for p in weights]
-    full: set[int] = set()
-    while True:
-        left = density * sum(p.numel() for p in weights) - sum(weights[i].numel() for i in full)
-        scale = left / sum(raw[i] * p.numel() for i, p in enumerate(weights) if i not in full)
-        over = {i for i in range(len(weights)) if i not in full and scale * raw[i] > 1}
-        if not over:
-            return [1.0 if i in full else scale * raw[i] for i in range(len(weights))]
-        full |= over
 
 
 def shuffled_saliency(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
