@@ -9,6 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from runner import Arm, Plan, Question, Task
 
+from impact_optim.experiments.arms import RAMPED
+
 FIVE = tuple(range(100, 105))
 TASKS = [
     Task(
@@ -43,7 +45,7 @@ PEERS = [
     Arm("SET", "set", tune=_EVERY),
     Arm("RigL", "rigl", tune=_EVERY),
 ]
-OURS = Arm("ours", "saliency", {}, (0.1,), lrs=_SIX)  # the ramp moves the drop rate
+OURS = Arm("ours", "saliency", dict(RAMPED), (0.1,), lrs=_SIX)  # the ramp moves the drop rate
 
 
 def question_of(sparsity: float, arm: Arm) -> str:

@@ -42,7 +42,7 @@ DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
 
 # Masks that come to 0 and 1 on the way to a sparse network: importances that spread, and weights that are not enlarged.
 # In one simplex for all, the first layer of an MLP would take more than half of what is left, and do worse by it.
-_RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.5, "simplex": "tensor"}
+RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.5, "simplex": "tensor"}
 SGD = "sgd"
 Masked = ImpactSGD | ImpactAdamW
 BASES: dict[str, tuple[type[Optimizer], type[Masked]]] = {
@@ -100,7 +100,7 @@ def arm_options(
         (for_one[arm] if dot else for_all)[name] = _value(text)
     ramped = [arm for arm in arms if to_be_sparse and ARMS[arm].get("importance", "uniform") != "uniform"]
     options = {
-        arm: {**common, **(_RAMPED if arm in ramped else {}), **for_all, **ARMS[arm], **for_one[arm]} for arm in arms
+        arm: {**common, **(RAMPED if arm in ramped else {}), **for_all, **ARMS[arm], **for_one[arm]} for arm in arms
     }
     base = common.get("base", SGD)
     for arm, given in options.items():

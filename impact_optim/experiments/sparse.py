@@ -92,10 +92,14 @@ class SparseFinish:
         living = [p.numel() - int(simplex.held(p).sum()) for simplex in simplexes for p in simplex.members]
         densities = erdos_renyi([p.shape for p in weights], 1 - self._sparsity, living)
         kept = {p: density * p.numel() for p, density in zip(weights, densities, strict=True)}
-        shares = []
+        shares, total = [], 0.0
         for simplex in simplexes:
+            before, total = (
+                round(total),
+                total + sum(kept[p] for p in simplex.members),
+            )  # so that rounding does not add up
             numel = sum(p.numel() for p in simplex.members)
-            shares.append((simplex.members, 1 - sum(kept[p] for p in simplex.members) / numel if numel else 0.0))
+            shares.append((simplex.members, 1 - (round(total) - before) / numel if numel else 0.0))
         return shares
 
     def _pruned_share(self) -> float:
