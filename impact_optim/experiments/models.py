@@ -155,8 +155,7 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """A small pre-norm transformer that predicts the next token of a text at each: three blocks, each token sees those
-    before it.
+    """A small pre-norm transformer that predicts the next token at every token of a text, by three causal blocks.
 
     Positions are fixed, as in :class:`ViT`. The logits come in the shape ``(batch, classes, length)`` that
     ``F.cross_entropy`` takes.
