@@ -94,6 +94,8 @@ class Question:
     name: str
     arms: list[Arm]
     tasks: tuple[str, ...]
+    tested: bool = True
+    """Whether the arms are tested; where not, it is answered on the validation split."""
 
 
 _OF_TUNING = ("name", "measure", "lrs", "drop_rates", "tuning_seeds", "test_seeds", "tuned_on", "tune", "tuned_as")
@@ -193,11 +195,11 @@ class Plan:
     def wanted(self, questions: list[str], tasks: list[str]) -> Iterator[Settings]:
         """What can be trained now: all of the tuning, and the tests of what is tuned."""
         seen: set[str] = set()
-        for question in map(self.questions.__getitem__, questions):
+        for question in (self.questions[name] for name in questions):
             for task in (self.tasks[name] for name in question.tasks if name in tasks):
                 for arm in question.arms:
                     point = self.tuned(task, arm)
-                    if point is not None:
+                    if point is not None and question.tested:
                         found = [settings_of(task, arm, point, "test", seed) for seed in task.test_seeds]
                     elif arm.tuned_as is None and task.tuned_on is None:
                         found = [

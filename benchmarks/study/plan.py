@@ -50,8 +50,18 @@ VIT = Task(
     weight_decay=0.05,
     optimizer="adamw",
     lrs=(1e-3, 2e-3, 4e-3),
-    drop_rates=(0.05, 0.1, 0.2),
+    drop_rates=(0.05, 0.1),
     tuning_seeds=(0,),
+)
+GPT = replace(
+    VIT,
+    name="shakespeare-gpt",
+    data="shakespeare",
+    model="gpt",
+    epochs=20,
+    subset=8000,
+    weight_decay=0.1,
+    measure="bits",
 )
 SMALL = [MNIST1D_MLP, MNIST1D_CNN, DIGITS, FASHION_5K]
 
@@ -87,7 +97,6 @@ BEST = [
     Arm("uniform", "dropconnect", drop_rates=None),
     Arm("uniform, decaying", "dropconnect", drop_rates=None, drop_schedule="linear"),
     Arm("saliency", "saliency", drop_rates=None),
-    Arm("saliency, decaying", "saliency", drop_rates=None, drop_schedule="linear"),
     Arm("magnitude", "magnitude", drop_rates=None),
 ]
 
@@ -113,7 +122,7 @@ SOURCE = [
         for kl_weight in (0.0, 1.0)
     ),
 ]
-SOURCE_LARGER = [arm for arm in SOURCE if "per group" not in arm.name]
+PER_TENSOR = [arm for arm in SOURCE if "per group" not in arm.name]
 WITHOUT_RESCALING = [
     Arm("uniform", "dropconnect", {"rescale": "none"}, (0.3,), lrs=LONG),
     *(source(f"lookahead: λ = {kl:g}", "lookahead", "tensor", kl, rescale="none") for kl in (0.0, 1.0)),
@@ -140,13 +149,14 @@ RESNET_ARMS = [
 
 TRANSFORMERS = [
     Arm("AdamW", "baseline"),
-    Arm("AdamW, dropout", "adamw-dropout", tune={"dropout": (0.05, 0.1, 0.2)}),
+    Arm("AdamW, dropout", "adamw-dropout", tune={"dropout": (0.05, 0.1)}),
     Arm("uniform", "dropconnect", drop_rates=None),
     Arm("saliency", "saliency", drop_rates=None),
     Arm("magnitude", "magnitude", drop_rates=None),
 ]
 SPARSE_TRANSFORMERS = [
-    Arm("gradual magnitude", "gradual-magnitude", sparsity=0.9),
+    Arm("gradual magnitude, of all", "gradual-magnitude", sparsity=0.9),
+    Arm("gradual magnitude, of each", "gradual-per-tensor", sparsity=0.9),
     Arm("saliency ramp", "saliency", drop_rates=(0.1,), sparsity=0.9),
     Arm("magnitude ramp", "magnitude", drop_rates=(0.1,), sparsity=0.9),
 ]
@@ -159,14 +169,14 @@ QUESTIONS = [
     Question("baselines", BASELINES, named(SMALL)),
     Question("equal-0.3", at_rate(0.3), named(SMALL)),
     *(Question(f"equal-{rate}", at_rate(rate), named([MNIST1D_MLP, DIGITS])) for rate in (0.1, 0.5)),
-    Question("source", SOURCE, named([MNIST1D_MLP, MNIST1D_CNN])),
-    Question("source-larger", SOURCE_LARGER, named([FASHION_5K])),
+    Question("source", SOURCE, named([MNIST1D_MLP])),
+    Question("source-tensor", PER_TENSOR, named([MNIST1D_MLP, MNIST1D_CNN, FASHION_5K])),
     Question("source-rescale", WITHOUT_RESCALING, named([MNIST1D_MLP])),
     Question("source-momentum", WITHOUT_MOMENTUM, named([MNIST1D_MLP])),
     Question("source-resnet", RESNET_ARMS, named([RESNET_TUNING, RESNET])),
-    Question("transformers", TRANSFORMERS, named([VIT])),
-    Question("transformers-sparse", SPARSE_TRANSFORMERS, named([VIT])),
-    Question("transformers-settings", SETTINGS, named([VIT])),
+    Question("transformers", TRANSFORMERS, named([VIT, GPT])),
+    Question("transformers-sparse", SPARSE_TRANSFORMERS, named([VIT, GPT])),
+    Question("transformers-settings", SETTINGS, named([VIT, GPT]), tested=False),
     Question("best", BEST, named(SMALL)),
 ]
-PLAN = Plan([*SMALL, RESNET_TUNING, RESNET, VIT], QUESTIONS, Path(__file__).parent / "results.jsonl")
+PLAN = Plan([*SMALL, RESNET_TUNING, RESNET, VIT, GPT], QUESTIONS, Path(__file__).parent / "results.jsonl")

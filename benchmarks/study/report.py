@@ -145,7 +145,8 @@ def chosen(*questions: str) -> str:
 
 def settings() -> str:
     """What λ and η reach on the validation split."""
-    tasks = tasks_of("transformers-settings")
+    tasks = [t for t in (PLAN.tasks[n] for n in PLAN.questions["transformers-settings"].tasks)]
+    tasks = [t for t in tasks if all(PLAN.validated(t, arm) for _, arm in rows_of("transformers-settings"))]
     table = [["setting", *(TITLES[task.name] for task in tasks)]]
     for name, arm in rows_of("transformers-settings"):
         row = [name]
@@ -158,8 +159,8 @@ def settings() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "source": lambda: simple("source"),
-    "source-early": lambda: simple("source", early),
-    "source-larger": lambda: simple("source-larger"),
+    "source-tensor-early": lambda: simple("source-tensor", early),
+    "source-tensor": lambda: simple("source-tensor"),
     "source-rescale": lambda: simple("source-rescale"),
     "source-momentum": lambda: simple("source-momentum"),
     "source-resnet": lambda: simple("source-resnet"),
