@@ -103,6 +103,9 @@ class GradualLAMP(ImpactSGD):
 class GradualPerTensor(ImpactAdamW):
     """AdamW whose tensors all lose the same share of their smallest weights, as Zhu & Gupta do."""
 
+    def __init__(self, model: nn.Module, base: str, **options: Any) -> None:
+        super().__init__(model, **options)
+
     def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
         return super().sparsify(sparsity, scope="tensor", **options)
 

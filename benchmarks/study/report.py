@@ -145,7 +145,7 @@ def chosen(*questions: str) -> str:
 
 def settings() -> str:
     """What λ and η reach on the validation split."""
-    tasks = [t for t in (PLAN.tasks[n] for n in PLAN.questions["transformers-settings"].tasks)]
+    tasks = [PLAN.tasks[name] for name in PLAN.questions["transformers-settings"].tasks]
     tasks = [t for t in tasks if all(PLAN.validated(t, arm) for _, arm in rows_of("transformers-settings"))]
     table = [["setting", *(TITLES[task.name] for task in tasks)]]
     for name, arm in rows_of("transformers-settings"):
