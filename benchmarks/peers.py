@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impact_optim import SIGNALS, ImpactSGD, SparsityReport
+from impact_optim import SIGNALS, ImpactAdamW, ImpactSGD, SparsityReport
 from impact_optim.engine import _gradients_at
 from impact_optim.experiments.arms import build_optimizer
 from impact_optim.experiments.models import TransformerBlock
@@ -185,6 +185,16 @@ class GradualLAMP(ImpactSGD):
         return super().sparsify(masks=dict(zip(weights, keep_largest(list(weights.values()), count), strict=True)))
 
 
+class GradualPerTensor(ImpactAdamW):
+    """AdamW whose tensors all lose the same share of their smallest weights, as Zhu & Gupta do."""
+
+    def __init__(self, model: nn.Module, base: str, **options: Any) -> None:
+        super().__init__(model, **options)
+
+    def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
+        return super().sparsify(sparsity, scope="tensor", **options)
+
+
 def lamp(weight: Tensor) -> Tensor:
     """The square of each weight over the sum of the squares of all that are not smaller in its tensor.
 
@@ -291,6 +301,9 @@ PEERS = {
     "targeted-dropout": Peer("baseline", _targeted),
     "gradual-lamp": Peer(
         "gradual-magnitude", lambda model, o, settings, steps, seed: GradualLAMP(model, seed=seed, **o)
+    ),
+    "gradual-per-tensor": Peer(
+        "gradual-magnitude", lambda model, o, _, __, seed: GradualPerTensor(model, seed=seed, **o)
     ),
     "lookahead-gradient": Peer("lookahead", _lookahead),
     "adamw-dropout": Peer("adamw", _dropout),

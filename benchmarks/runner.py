@@ -31,7 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import PEERS
 
-from impact_optim.experiments.arms import arm_options, build_optimizer
+from impact_optim.experiments.arms import Masked, arm_options, build_optimizer
 from impact_optim.experiments.data import Data, batch_count, load_data
 from impact_optim.experiments.sparse import CannotBeSparse, layer_densities
 from impact_optim.experiments.training import Recipe, train
@@ -94,6 +94,8 @@ class Question:
     name: str
     arms: list[Arm]
     tasks: tuple[str, ...]
+    tested: bool = True
+    """Whether the arms are tested; where not, it is answered on the validation split."""
 
 
 _OF_TUNING = ("name", "measure", "lrs", "drop_rates", "tuning_seeds", "test_seeds", "tuned_on", "tune", "tuned_as")
@@ -193,11 +195,11 @@ class Plan:
     def wanted(self, questions: list[str], tasks: list[str]) -> Iterator[Settings]:
         """What can be trained now: all of the tuning, and the tests of what is tuned."""
         seen: set[str] = set()
-        for question in map(self.questions.__getitem__, questions):
+        for question in (self.questions[name] for name in questions):
             for task in (self.tasks[name] for name in question.tasks if name in tasks):
                 for arm in question.arms:
                     point = self.tuned(task, arm)
-                    if point is not None:
+                    if point is not None and question.tested:
                         found = [settings_of(task, arm, point, "test", seed) for seed in task.test_seeds]
                     elif arm.tuned_as is None and task.tuned_on is None:
                         found = [
@@ -273,6 +275,15 @@ def data_of(name: str, subset: int | None, heldout: str, device: str) -> Data:
     return (data if subset is None else data.subset(subset)).to(device)
 
 
+def histogram(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
+    """Weights by their importance, from 10^e to 10^(e + 1/8) with e from -4 to 2; those outside count at the ends."""
+    if not isinstance(optimizer, Masked):
+        return []
+    weights = [optimizer.importance(p).flatten() for p in model.parameters() if p.dim() >= 2]
+    exponents = torch.cat(weights).cpu().log10().clamp(-4.0, 1.999)
+    return torch.histc(exponents, 48, -4.0, 2.0).long().tolist()
+
+
 def run(settings: Settings, device: str = "cpu") -> Run:
     """Trains once."""
     torch.set_num_threads(1)
@@ -286,7 +297,7 @@ def run(settings: Settings, device: str = "cpu") -> Run:
         precision=settings["precision"],
         final_sparsity=settings["sparsity"],
     )
-    base, models = settings["base"], []
+    base, built = settings["base"], []
     peer = PEERS.get(base)
     arm = base if peer is None else peer.arm
     common = {"lr": settings["lr"], "momentum": 0.9, "weight_decay": settings["weight_decay"]}
@@ -296,10 +307,12 @@ def run(settings: Settings, device: str = "cpu") -> Run:
     steps = settings["epochs"] * batch_count(data, settings["batch"])
 
     def build(arm: str, model: nn.Module, options: Mapping[str, Any], seed: int) -> torch.optim.Optimizer:
-        models.append(model)
         if peer is None:
-            return build_optimizer(arm, model, options, seed)
-        return peer.build(model, dict(options), settings, steps, seed)
+            optimizer = build_optimizer(arm, model, options, seed)
+        else:
+            optimizer = peer.build(model, dict(options), settings, steps, seed)
+        built.append((model, optimizer))
+        return optimizer
 
     results = InMemory()
     note = None
@@ -309,7 +322,7 @@ def run(settings: Settings, device: str = "cpu") -> Run:
         note = str(error)
         chance = {"accuracy": 1 / data.classes, "train_accuracy": 1 / data.classes, "loss": math.log(data.classes)}
         results.lines += [{**results.lines[-1], **chance}] * (recipe.epochs - len(results.lines))
-    lines, last, layers = results.lines, results.lines[-1], layer_densities(models[0])
+    lines, last, layers = results.lines, results.lines[-1], layer_densities(built[0][0])
 
     def finite(value: float, digits: int = 4) -> float | None:
         return round(value, digits) if math.isfinite(value) else None
@@ -323,7 +336,9 @@ def run(settings: Settings, device: str = "cpu") -> Run:
         "dropped": finite(fmean(line["dropped"] for line in lines)),
         "sparsity": finite(1 - sum(layer.kept for layer in layers) / sum(layer.numel for layer in layers)),
         "layers": {layer.name: [layer.numel, layer.kept] for layer in layers},
+        "importances": histogram(*built[0]),
         "cpu_seconds": finite(time.process_time() - started, 2),  # of one thread, with evaluation
         "note": note,
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }

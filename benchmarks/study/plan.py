@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from runner import Arm, Plan, Question, Task
 
-MNIST1D_MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2, 0.4))
+MNIST1D_MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, lrs=(0.1, 0.2, 0.4))
 MNIST1D_CNN = Task("mnist1d-cnn", "mnist1d", "cnn", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2))
 DIGITS = Task("digits-mlp", "digits", "mlp", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2))
 FASHION_5K = Task(
@@ -23,6 +24,44 @@ FASHION_5K = Task(
     lrs=(0.05, 0.1, 0.2),
     drop_rates=(0.1, 0.3),
     tuning_seeds=(0,),
+)
+# The source's experiment, ResNet-18 for 90 epochs, as wide and on as many images as time allows.
+RESNET = Task(
+    "fashion-resnet18",
+    "fashion-mnist",
+    "resnet18",
+    epochs=90,
+    batch=125,
+    width=16,
+    subset=2500,
+    weight_decay=5e-4,
+    tuned_on="fashion-resnet18-tuning",
+)
+RESNET_TUNING = replace(
+    RESNET, name="fashion-resnet18-tuning", epochs=30, tuning_seeds=(0,), test_seeds=(), tuned_on=None
+)
+VIT = Task(
+    "fashion-vit",
+    "fashion-mnist",
+    "vit",
+    epochs=10,
+    batch=100,
+    subset=10_000,
+    weight_decay=0.05,
+    optimizer="adamw",
+    lrs=(1e-3, 2e-3, 4e-3),
+    drop_rates=(0.05, 0.1),
+    tuning_seeds=(0,),
+)
+GPT = replace(
+    VIT,
+    name="shakespeare-gpt",
+    data="shakespeare",
+    model="gpt",
+    epochs=20,
+    subset=8000,
+    weight_decay=0.1,
+    measure="bits",
 )
 SMALL = [MNIST1D_MLP, MNIST1D_CNN, DIGITS, FASHION_5K]
 
@@ -58,7 +97,6 @@ BEST = [
     Arm("uniform", "dropconnect", drop_rates=None),
     Arm("uniform, decaying", "dropconnect", drop_rates=None, drop_schedule="linear"),
     Arm("saliency", "saliency", drop_rates=None),
-    Arm("saliency, decaying", "saliency", drop_rates=None, drop_schedule="linear"),
     Arm("magnitude", "magnitude", drop_rates=None),
 ]
 
@@ -69,7 +107,7 @@ def source(name: str, signal: str, simplex: str, kl_weight: float, **options: An
     """An arm of the source: a signal, what shares a simplex, and the KL weight, at a drop rate of 0.3."""
     base = "lookahead-gradient" if signal == "lookahead, gradient" else "lookahead"
     importance = "hypergradient" if signal == "hypergradient" else "lookahead"
-    lrs = options.pop("lrs", None)
+    lrs = options.pop("lrs", (0.05, 0.1, 0.2))
     given = {"importance": importance, "simplex": simplex, "kl_weight": kl_weight, **options}
     return Arm(name, base, given, (0.3,), lrs=lrs)
 
@@ -84,7 +122,7 @@ SOURCE = [
         for kl_weight in (0.0, 1.0)
     ),
 ]
-SOURCE_LARGER = [arm for arm in SOURCE if "gradient: per group" not in arm.name and "lookahead, g" not in arm.name]
+PER_TENSOR = [arm for arm in SOURCE if "per group" not in arm.name]
 WITHOUT_RESCALING = [
     Arm("uniform", "dropconnect", {"rescale": "none"}, (0.3,), lrs=LONG),
     *(source(f"lookahead: λ = {kl:g}", "lookahead", "tensor", kl, rescale="none") for kl in (0.0, 1.0)),
@@ -99,14 +137,46 @@ WITHOUT_MOMENTUM = [
     ),
 ]
 
+RESNET_ARMS = [
+    Arm("SGD", "baseline", lrs=(0.05, 0.1, 0.2)),
+    Arm("uniform", "dropconnect", drop_rates=(0.3,), lrs=(0.05, 0.1, 0.2)),
+    source("lookahead: λ = 0", "lookahead", "tensor", 0.0),
+    source("lookahead: λ = 1", "lookahead", "tensor", 1.0),
+    Arm("saliency", "saliency", drop_rates=(0.3,), lrs=(0.05, 0.1, 0.2)),
+]
+
+# ------------------------------------------------------------------------------- AdamW and transformers
+
+TRANSFORMERS = [
+    Arm("AdamW", "baseline"),
+    Arm("AdamW, dropout", "adamw-dropout", tune={"dropout": (0.05, 0.1)}),
+    Arm("uniform", "dropconnect", drop_rates=None),
+    Arm("saliency", "saliency", drop_rates=None),
+    Arm("magnitude", "magnitude", drop_rates=None),
+]
+SPARSE_TRANSFORMERS = [
+    Arm("gradual magnitude, of all", "gradual-magnitude", sparsity=0.9),
+    Arm("gradual magnitude, of each", "gradual-per-tensor", sparsity=0.9),
+    Arm("saliency ramp", "saliency", drop_rates=(0.1,), sparsity=0.9),
+    Arm("magnitude ramp", "magnitude", drop_rates=(0.1,), sparsity=0.9),
+]
+SETTINGS = [
+    Arm(f"λ = {kl_weight:g}, η = {lr:g}", "saliency", {"kl_weight": kl_weight, "importance_lr": lr}, (0.1,))
+    for kl_weight, lr in ((10.0, 0.01), (3.0, 0.01), (30.0, 0.01), (10.0, 0.001), (10.0, 0.1))
+]
+
 QUESTIONS = [
     Question("baselines", BASELINES, named(SMALL)),
     Question("equal-0.3", at_rate(0.3), named(SMALL)),
     *(Question(f"equal-{rate}", at_rate(rate), named([MNIST1D_MLP, DIGITS])) for rate in (0.1, 0.5)),
-    Question("source", SOURCE, named([MNIST1D_MLP, MNIST1D_CNN])),
-    Question("source-larger", SOURCE_LARGER, named([FASHION_5K])),
+    Question("source", SOURCE, named([MNIST1D_MLP])),
+    Question("source-tensor", PER_TENSOR, named([MNIST1D_MLP, MNIST1D_CNN, FASHION_5K])),
     Question("source-rescale", WITHOUT_RESCALING, named([MNIST1D_MLP])),
     Question("source-momentum", WITHOUT_MOMENTUM, named([MNIST1D_MLP])),
+    Question("source-resnet", RESNET_ARMS, named([RESNET_TUNING, RESNET])),
+    Question("transformers", TRANSFORMERS, named([VIT, GPT])),
+    Question("transformers-sparse", SPARSE_TRANSFORMERS, named([VIT, GPT])),
+    Question("transformers-settings", SETTINGS, named([VIT, GPT]), tested=False),
     Question("best", BEST, named(SMALL)),
 ]
-PLAN = Plan(SMALL, QUESTIONS, Path(__file__).parent / "results.jsonl")
+PLAN = Plan([*SMALL, RESNET_TUNING, RESNET, VIT, GPT], QUESTIONS, Path(__file__).parent / "results.jsonl")
