@@ -1,4 +1,4 @@
-"""The peers of the benchmarks that are sparse are what they are said to be."""
+"""The benchmark of sparse training: its peers are what they are said to be, and its page says what the runs say."""
 
 import sys
 from pathlib import Path
@@ -13,9 +13,16 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture(scope="module", autouse=True)
 def benchmarks():
-    sys.path.insert(0, str(BENCHMARKS))
+    # The study has a plan and a report as well: each test file gets its own.
+    names = ("plan", "report")
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path[:0] = folders = [str(BENCHMARKS / "tiny_sparse"), str(BENCHMARKS)]
     yield
-    sys.path.remove(str(BENCHMARKS))
+    for folder in folders:
+        sys.path.remove(folder)
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 def test_rewired_networks_keep_their_sparsity_and_their_densities():
@@ -110,3 +117,44 @@ def test_targeted_dropout_drops_the_smallest_of_each_unit_and_cuts_them_in_the_e
     assert seen[0] == [0, 0]  # the share ramps up
     assert 0.8 < seen[-1][0] <= 0.9
     assert [int((model[i].weight != 0).sum(1).unique()) for i in (0, 2)] == [2, 3]
+
+
+def test_every_method_is_tuned_by_as_many_trials_and_tested_with_fresh_seeds():
+    from plan import TASKS, TUNED_AT, dense, methods
+    from runner import grid
+
+    for task in TASKS:
+        assert {len(grid(task, arm)) for arm in [dense(task), *methods(task, TUNED_AT)]} == {4}
+        assert not set(task.tuning_seeds) & set(task.test_seeds)
+        assert methods(task, TUNED_AT)[-1].name == "ours"
+
+
+def test_the_page_has_the_tables_that_the_runs_make():
+    import report
+
+    assert report.PLAN.results, "benchmarks/tiny_sparse/results.jsonl is missing"
+    page = report.PAGE.read_text()
+    assert page.count("<!-- table ") == len(report.TABLES)
+    assert report.filled(page, report.TABLES) == page
+
+
+def test_intervals_widen_with_the_number_of_comparisons():
+    from scipy.stats import ttest_rel
+    from tables import difference, signed
+
+    a, b = [3.0, 5.0, 4.0, 6.5], [1.0, 4.0, 2.5, 3.0]
+    mean, half = difference(a, b)
+    interval = ttest_rel(a, b).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    interval = ttest_rel(a, b).confidence_interval(1 - 0.05 / 7)
+    assert difference(a, b, comparisons=7)[1] == pytest.approx(mean - interval.low)
+    assert signed(mean, half) == "**+2.0 ± 1.7**"
+    assert signed(1.0, 2.0, 2) == "+1.00 ± 2.00"
+
+
+def test_multiply_adds_are_counted_by_place():
+    from plan import CNN, LENET
+    from report import places
+
+    assert places(LENET) == {"hidden1.weight": 1, "hidden2.weight": 1, "head.weight": 1}
+    assert places(CNN) == {"conv1.weight": 19, "conv2.weight": 10, "conv3.weight": 5, "head.weight": 1}
