@@ -133,9 +133,8 @@ class TargetedDropout(torch.optim.SGD):
         self, model: nn.Module, *, sparsity: float, steps: int, seed: int, alpha: float = 0.99, **options: Any
     ) -> None:
         super().__init__(model.parameters(), foreach=False, **options)
-        self._weights, self._sparsity, self._alpha, self._steps, self._taken = (
-            weights_of(model), sparsity, alpha, steps, 0,
-        )  # fmt: skip
+        self._weights, self._sparsity, self._alpha = weights_of(model), sparsity, alpha
+        self._steps, self._taken = steps, 0
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()

@@ -1125,7 +1125,6 @@ def test_ctrl_c_before_the_first_run_has_ended(tmp_path, capsys, monkeypatch):
         (["--final-sparsity", "0.9", "--epochs", "1"], "--final-sparsity needs two epochs"),
         (["--final-sparsity", "0.9", "--arms", "adamw"], "adamw cannot be made sparse"),
         (["--final-sparsity", "0.9", "--arms", "drop-important"], "arm drop-important cannot be made sparse"),
-        (["--final-sparsity", "0.995", "--arms", "fisher"], "arm fisher: target=0.995 keeps 0.005"),
         (["--final-sparsity", "0.9", "--prune", "31:0.2"], "let it cut after epoch 30 at the latest"),
     ],
 )

@@ -30,7 +30,7 @@ class SparseFinish:
 
     - Arms that drop by importance ramp their drop rate up to the sparsity, and keep the most important weights then.
       Parameter groups share the sparsity as :func:`erdos_renyi` has it: importances are of one group, and say nothing
-      about another.
+      about another. A ``keep_floor`` is lowered to a tenth of that at most.
     - ``gradual-magnitude`` removes the smallest weights before every epoch of the same ramp (Zhu & Gupta, 2017).
     - Arms without importances are cut to their largest weights after the last epoch.
 
@@ -48,9 +48,10 @@ class SparseFinish:
         self._shares = ramp(sparsity, start=0, end=self._ramp) if arm == GRADUAL else {}
         self._scheduler = None
         if options["importance"] != "uniform" and options["drop_rate"] > 0:
-            targets = [share for _, share in self._group_shares()]
-            for group, share in zip(optimizer.param_groups, targets, strict=True):  # most of what is left is no chance
-                group["keep_floor"] = min(group["keep_floor"], 0.1 * (1 - share))
+            targets = [1 - density for _, density in self._group_densities()]
+            for group, target in zip(optimizer.param_groups, targets, strict=True):
+                # Where little is left, chance must not take most of it.
+                group["keep_floor"] = min(group["keep_floor"], 0.1 * (1 - target))
             self._scheduler = DropRateScheduler(optimizer, targets, self._ramp, start=0.0, shape="cubic")
 
     def before(self, epoch: int) -> None:
@@ -60,9 +61,13 @@ class SparseFinish:
             CannotBeSparse: nothing would be left of a layer.
         """
         if self._scheduler is not None and epoch == self._ramp:
-            for weights, share in self._group_shares():
+            exact, rounded = 0.0, 0
+            for weights, density in self._group_densities():
+                numel = sum(p.numel() for p in weights)
+                exact += density * numel
+                count, rounded = round(exact) - rounded, round(exact)  # so that what is rounded does not add up
                 if weights:
-                    self._sparsify(share, by="importance", params=weights)
+                    self._sparsify(1 - count / numel, by="importance", params=weights)
         if epoch in self._shares:
             # A cut of units may have left a larger share of zeros, which do not come back.
             self._sparsify(max(self._shares[epoch], self._pruned_share()), by="magnitude")
@@ -84,23 +89,19 @@ class SparseFinish:
         """
         self._sparsify(self._sparsity, by="magnitude")
 
-    def _group_shares(self) -> list[tuple[list[Tensor], float]]:
-        """The weights of each parameter group, and which share of them is to be zero."""
+    def _group_densities(self) -> list[tuple[list[Tensor], float]]:
+        """The weights of each parameter group, and which share of them is to be left."""
         self._optimizer._refresh()
         simplexes = list(self._optimizer._all())
         weights = [p for simplex in simplexes for p in simplex.members]
         living = [p.numel() - int(simplex.held(p).sum()) for simplex in simplexes for p in simplex.members]
         densities = erdos_renyi([p.shape for p in weights], 1 - self._sparsity, living)
         kept = {p: density * p.numel() for p, density in zip(weights, densities, strict=True)}
-        shares, total = [], 0.0
-        for simplex in simplexes:
-            before, total = (
-                round(total),
-                total + sum(kept[p] for p in simplex.members),
-            )  # so that rounding does not add up
-            numel = sum(p.numel() for p in simplex.members)
-            shares.append((simplex.members, 1 - (round(total) - before) / numel if numel else 0.0))
-        return shares
+        found = []
+        for members in (simplex.members for simplex in simplexes):
+            numel = sum(p.numel() for p in members)
+            found.append((members, sum(kept[p] for p in members) / numel if members else 1.0))
+        return found
 
     def _pruned_share(self) -> float:
         groups = [group for group in self._optimizer.param_groups if group["hold_zeros"]]
