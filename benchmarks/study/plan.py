@@ -105,19 +105,18 @@ BEST = [
 
 def source(name: str, signal: str, simplex: str, kl_weight: float, **options: Any) -> Arm:
     """An arm of the source: a signal, what shares a simplex, and the KL weight, at a drop rate of 0.3."""
-    base = "lookahead-gradient" if signal == "lookahead, gradient" else "lookahead"
+    base = "lookahead-step" if signal == "lookahead along the step" else "lookahead"
     importance = "hypergradient" if signal == "hypergradient" else "lookahead"
     lrs = options.pop("lrs", (0.05, 0.1, 0.2))
     given = {"importance": importance, "simplex": simplex, "kl_weight": kl_weight, **options}
     return Arm(name, base, given, (0.3,), lrs=lrs)
 
 
-SIGNALS = ("lookahead", "lookahead, gradient", "hypergradient")
 SOURCE = [
     Arm("uniform", "dropconnect", drop_rates=(0.3,), lrs=LONG),
     *(
         source(f"{signal}: per {simplex}, λ = {kl_weight:g}", signal, simplex, kl_weight)
-        for signal in SIGNALS
+        for signal in ("lookahead", "lookahead along the step", "hypergradient")
         for simplex in ("tensor", "group")
         for kl_weight in (0.0, 1.0)
     ),
