@@ -233,13 +233,8 @@ def train_all() -> None:
             file.write(json.dumps(line) + "\n")
         results[key(line["settings"])] = line
         nll = {way: found["nll"] for way, found in line["measures"].items() if way[:2] != "T="}
-        print(
-            len(todo) - 1,
-            "to go:",
-            {k: line["settings"][k] for k in ("arm", "lr", "drop_rate", "heldout")},
-            nll,
-            flush=True,
-        )
+        of = " ".join(str(line["settings"][name]) for name in ("arm", "lr", "drop_rate", "heldout", "seed"))
+        print(f"{len(todo) - 1} to go; {of}: {nll}", flush=True)
 
 
 # ------------------------------------------------------------------------------- the page
