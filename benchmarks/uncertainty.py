@@ -227,7 +227,7 @@ def wanted(results: Results) -> Iterator[Settings]:
 def train_all() -> None:
     results = load_results()
     RESULTS.parent.mkdir(exist_ok=True)
-    while todo := [settings for settings in wanted(results) if key(settings) not in results]:
+    while todo := list({key(each): each for each in wanted(results) if key(each) not in results}.values()):
         line = run(todo[0])
         with RESULTS.open("a") as file:
             file.write(json.dumps(line) + "\n")
