@@ -18,18 +18,21 @@ import argparse
 import json
 import math
 import platform
-import re
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tables import difference, filled, markdown, shown, signed
 
 from impact_optim import ImpactSGD
 from impact_optim.experiments.data import Data, batch_count, batches, load_data
@@ -265,25 +268,14 @@ def values(name: str, measure: str) -> list[float]:
     return [MEASURES[measure][1] * line["measures"][way][measure] for line, way in lines_of(name)]
 
 
-def difference(name: str, reference: str, measure: str, comparisons: int) -> tuple[float, float]:
-    """Mean of the differences paired by seed, and half of the interval that is right with 95% for all comparisons."""
-    from scipy.stats import t
-
-    pairs = [a - b for a, b in zip(values(name, measure), values(reference, measure), strict=True)]
-    quantile = t.ppf(1 - 0.05 / (2 * comparisons), len(pairs) - 1)
-    return fmean(pairs), float(quantile) * stdev(pairs) / math.sqrt(len(pairs))
-
-
-def markdown(rows: Iterable[Sequence[str]]) -> str:
-    header, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body])
+def difference_of(name: str, reference: str, measure: str, comparisons: int) -> tuple[float, float]:
+    return difference(values(name, measure), values(reference, measure), comparisons)
 
 
 def means() -> str:
     table = [["arm", *(title for title, *_ in MEASURES.values())]]
     for name in ARMS:
-        row = [(values(name, measure), digits) for measure, (*_, digits) in MEASURES.items()]
-        table.append([name, *(f"{fmean(v):.{digits}f} ± {stdev(v):.{digits}f}" for v, digits in row)])
+        table.append([name, *(shown(values(name, measure), MEASURES[measure][2]) for measure in MEASURES)])
     return markdown(table)
 
 
@@ -293,10 +285,8 @@ def compared(pairs: Sequence[tuple[str, str]], title: Callable[[str, str], str])
     for name, reference in pairs:
         row = [title(name, reference)]
         for measure in COMPARED:
-            mean, half = difference(name, reference, measure, len(pairs) * len(COMPARED))
-            digits = MEASURES[measure][2] + 1
-            text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
-            row.append(f"**{text}**" if abs(mean) > half else text)
+            found = difference_of(name, reference, measure, len(pairs) * len(COMPARED))
+            row.append(signed(*found, MEASURES[measure][2] + 1))
         table.append(row)
     return markdown(table)
 
@@ -361,15 +351,6 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(page: str) -> str:
-    """The page with its tables as the results have them."""
-
-    def table(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
-
-    return re.sub(r"<!-- table (\S+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
-
-
 def draw() -> None:
     """Calibration of the ways to predict, and differences to plain softmax."""
     from matplotlib.figure import Figure
@@ -393,7 +374,7 @@ def draw() -> None:
     names = [name for name in ARMS if name != "softmax"]
     for ax, measure in zip(others, COMPARED[1:], strict=True):
         for y, name in enumerate(names):
-            mean, half = difference(name, "softmax", measure, len(names) * len(COMPARED))
+            mean, half = difference_of(name, "softmax", measure, len(names) * len(COMPARED))
             good = mean if measure.startswith("auroc") else -mean
             color = "0.4" if abs(mean) <= half else "#009E73" if good > 0 else "#D55E00"
             ax.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=2, markersize=4)
@@ -412,7 +393,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="train nothing; write the tables and the picture")
     if parser.parse_args().report:
-        PAGE.write_text(filled(PAGE.read_text()))
+        PAGE.write_text(filled(PAGE.read_text(), TABLES))
         draw()
     else:
         train_all()

@@ -81,13 +81,13 @@ def test_what_the_lines_say_fits_together(u):
 def test_a_difference_is_paired_and_corrected_for_how_many_there_are(u, monkeypatch):
     made = {"a": [1.0, 2.0, 3.0, 4.0, 5.0], "b": [0.0, 2.0, 2.0, 4.0, 4.0]}
     monkeypatch.setattr(u, "values", lambda name, measure: made[name])
-    mean, half = u.difference("a", "b", "nll", 1)
+    mean, half = u.difference_of("a", "b", "nll", 1)
     assert mean == pytest.approx(0.6)
     assert half == pytest.approx(2.776 * math.sqrt(0.3 / 5), rel=1e-3)
-    assert u.difference("a", "b", "nll", 10)[1] == pytest.approx(5.598 * math.sqrt(0.3 / 5), rel=1e-3)  # t of 0.9975
+    assert u.difference_of("a", "b", "nll", 10)[1] == pytest.approx(5.598 * math.sqrt(0.3 / 5), rel=1e-3)  # t of 0.9975
 
 
 def test_the_page_has_the_tables_that_the_runs_make(u):
     page = u.PAGE.read_text()
     assert page.count("<!-- table ") == len(u.TABLES)
-    assert u.filled(page) == page
+    assert u.filled(page, u.TABLES) == page
