@@ -206,21 +206,24 @@ def lamp(weight: Tensor) -> Tensor:
     return scores.view_as(weight)
 
 
-class GradientLookahead(ImpactSGD):
-    """``"lookahead"`` that tries the step of plain SGD, whatever momentum is: x - w ⊙ γg, as the source writes it."""
+class StepLookahead(ImpactSGD):
+    """``"lookahead"`` that tries the step that SGD has just taken, with its momentum and under its mask."""
 
-    def _look_back(self, optimizer: torch.optim.Optimizer, step: Any) -> None:
-        trial, judged = {}, {}
-        for simplex in self._simplexes[optimizer]:
-            importances = simplex.importances()
-            judged[simplex] = {
-                p: simplex.group["lr"] * p.grad for p in simplex.members if p in step.before and p.grad is not None
-            }
-            trial.update((p, step.before[p] - importances[p] * d) for p, d in judged[simplex].items())
-        params = [p for group in self.param_groups for p in group["params"]]
-        found = _gradients_at(trial, step.closure, params)
-        for simplex, steps in judged.items():
-            simplex.update(found, steps)
+    def _look_ahead(self, simplexes: Any, closure: Any) -> Any:
+        self._closure, self._old = closure, {p: p.detach().clone() for s in simplexes for p in s.members}
+        return {}
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            taken = {s: {p: self._old[p] - p for p in s.members} for s in self._simplexes[optimizer]}
+            trial = {}
+            for simplex, steps in taken.items():
+                importances = simplex.importances()
+                trial.update((p, self._old[p] - importances[p] * step) for p, step in steps.items())
+            params = [p for group in self.param_groups for p in group["params"]]
+            found = _gradients_at(trial, self._closure, params)
+        self._steps[optimizer].judged = {simplex: (found, steps) for simplex, steps in taken.items()}
+        super()._after_step(optimizer, args, kwargs)
 
 
 def add_dropout(model: nn.Module, p: float) -> None:
@@ -272,13 +275,13 @@ def _targeted(
     return TargetedDropout(model, sparsity=settings["sparsity"], steps=steps, seed=seed, **options)
 
 
-def _lookahead(
+def _lookahead_step(
     model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
 ) -> torch.optim.Optimizer:
     options = {**options, "importance": "lookahead"}
     per_tensor = options.pop("simplex", "group") == "tensor"
     groups = [{"params": [p]} for p in model.parameters()]
-    optimizer = GradientLookahead(groups if per_tensor else model, seed=seed, **options)
+    optimizer = StepLookahead(groups if per_tensor else model, seed=seed, **options)
     if per_tensor:
         optimizer.attach(model)
     return optimizer
@@ -304,7 +307,7 @@ PEERS = {
     "gradual-per-tensor": Peer(
         "gradual-magnitude", lambda model, o, _, __, seed: GradualPerTensor(model, seed=seed, **o)
     ),
-    "lookahead-gradient": Peer("lookahead", _lookahead),
+    "lookahead-step": Peer("lookahead", _lookahead_step),
     "adamw-dropout": Peer("adamw", _dropout),
 }
 """Peers by name."""
