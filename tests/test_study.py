@@ -22,37 +22,6 @@ def study():
     torch.set_flush_denormal(False)  # a run sets it, for its process
 
 
-def test_rigl_keeps_its_sparsity_and_moves_its_connections():
-    from peers import RigL
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
-    optimizer = RigL(model, sparsity=0.8, steps=40, seed=0, every=10, lr=0.1, momentum=0.9)
-    weights = [model[0].weight, model[2].weight]
-    first = [w != 0 for w in weights]
-    counts = [int(mask.sum()) for mask in optimizer._masks.values()]
-    assert sum(counts) == pytest.approx(0.2 * sum(w.numel() for w in weights), abs=2)
-    assert counts[1] / weights[1].numel() > counts[0] / weights[0].numel()  # the smaller tensor is denser
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(torch.randn(16, 20)).square().mean().backward()
-        optimizer.step()
-        assert [int(mask.sum()) for mask in optimizer._masks.values()] == counts
-        for w, mask in optimizer._masks.items():
-            assert not w[~mask].any()
-    assert any(not torch.equal(mask, now) for mask, now in zip(first, optimizer._masks.values(), strict=True))
-
-
-def test_densities_meet_the_total_and_stay_below_one():
-    from peers import erk_densities
-
-    weights = [torch.zeros(shape) for shape in ((100, 100), (10, 100), (3, 2))]
-    densities = erk_densities(weights, 0.3)
-    assert max(densities) <= 1
-    kept = sum(d * w.numel() for d, w in zip(densities, weights, strict=True))
-    assert kept == pytest.approx(0.3 * sum(w.numel() for w in weights))
-
-
 def test_the_control_has_the_signals_values_on_other_weights():
     from peers import shuffled_saliency
 

@@ -41,7 +41,8 @@ DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
 """The four that the study compares."""
 
 # Masks that come to 0 and 1 on the way to a sparse network: importances that spread, and weights that are not enlarged.
-_RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.3}
+# In one simplex for all, the first layer of an MLP would take more than half of what is left, and do worse by it.
+RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.5, "simplex": "tensor"}
 SGD = "sgd"
 Masked = ImpactSGD | ImpactAdamW
 BASES: dict[str, tuple[type[Optimizer], type[Masked]]] = {
@@ -73,7 +74,7 @@ def arm_options(
         common: options for all arms, such as ``{"lr": 0.1}``; ``"base"`` is one of :data:`BASES`, by default SGD.
         overrides: ``"OPTION=VALUE"`` for all arms, ``"ARM.OPTION=VALUE"`` for one.
         to_be_sparse: whether the arms are given a final sparsity. Those with importances then begin from options that
-            suit a ramp of the drop rate: ``rescale="none"``, and importances that spread further.
+            suit a ramp of the drop rate: ``rescale="none"``, importances that spread further, and a simplex per tensor.
 
     Raises:
         ValueError: an unknown arm or option, or a value that the optimizer does not take.
@@ -99,7 +100,7 @@ def arm_options(
         (for_one[arm] if dot else for_all)[name] = _value(text)
     ramped = [arm for arm in arms if to_be_sparse and ARMS[arm].get("importance", "uniform") != "uniform"]
     options = {
-        arm: {**common, **(_RAMPED if arm in ramped else {}), **for_all, **ARMS[arm], **for_one[arm]} for arm in arms
+        arm: {**common, **(RAMPED if arm in ramped else {}), **for_all, **ARMS[arm], **for_one[arm]} for arm in arms
     }
     base = common.get("base", SGD)
     for arm, given in options.items():
