@@ -465,7 +465,8 @@ def test_the_sparse_arms_drop_the_same_number_of_weights(digits):
     assert {size for _, size in seen.values()} == {weights}
     assert [seen.pop(arm)[0] for arm in DENSE_ARMS] == [{0}] * len(DENSE_ARMS)
     # A simplex per tensor has a budget per tensor, each rounded on its own.
-    assert seen.pop("saliency-tensor")[0] == {round(0.3 * 64 * 16) + round(0.3 * 16 * 16) + round(0.3 * 16 * 10)}
+    per_tensor = {round(0.3 * 64 * 16) + round(0.3 * 16 * 16) + round(0.3 * 16 * 10)}
+    assert [seen.pop(arm)[0] for arm in ("impacts", "impacts+regularization")] == [per_tensor] * 2
     assert {arm: counts for arm, (counts, _) in seen.items()} == {arm: {round(0.3 * weights)} for arm in seen}
 
 

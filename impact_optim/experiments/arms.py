@@ -20,11 +20,11 @@ ARMS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     ADAMW: {},
     "dropconnect": {"importance": "uniform"},
-    "impacts": {"importance": "hypergradient", "kl_weight": 0.0},
-    "impacts+regularization": {"importance": "hypergradient"},
+    "impacts": {"importance": "lookahead", "simplex": "tensor", "kl_weight": 0.0},
+    "impacts+regularization": {"importance": "lookahead", "simplex": "tensor", "kl_weight": 1.0},
     "lookahead": {"importance": "lookahead"},
+    "hypergradient": {"importance": "hypergradient"},
     "saliency": {"importance": "saliency"},
-    "saliency-tensor": {"importance": "saliency", "simplex": "tensor"},
     "fisher": {"importance": "fisher"},
     "magnitude": {"importance": "magnitude"},
     "drop-important": {"importance": "saliency", "drop": "important"},
@@ -32,13 +32,14 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Arms by name: the options of :class:`Impact` that make the arm what it is.
 
+``impacts`` are the source's own, without and with KL: the loss of the same batch after the step, a simplex per tensor.
 ``baseline`` is the base alone, one of :data:`BASES`, and ``adamw`` is ``torch.optim.AdamW`` whatever the base;
 ``gradual-magnitude`` is the base that loses its smallest weights on the way to a final sparsity, and the same as
 ``baseline`` without one.
 """
 
 DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
-"""The four that the study compares."""
+"""The four that the source compares."""
 
 # Masks that come to 0 and 1 on the way to a sparse network: importances that spread, and weights that are not enlarged.
 # In one simplex for all, the first layer of an MLP would take more than half of what is left, and do worse by it.
