@@ -1,4 +1,4 @@
-"""How much goes: which units make up a fraction of the units or MACs that there were."""
+"""How much goes: which units make up a fraction of the MACs, parameters or units that there were."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .criteria import units_per_step, units_to_remove
 from .graph import UnitGraph, UnitGroup
 from .plan import UNCUT, Plan
-from .report import ModelSize, model_size
+from .report import ModelSize, model_size, parameter_counts
 from .statistics import UnitStatistics
 
-_SHORTFALL = 0.01  # of the units or MACs, from which on a report speaks of it
-_MACS_TRIES, _MACS_TOLERANCE = 12, 0.002  # of the MACs of the whole network
+TARGETS = ("macs", "params", "units")
+_SHORTFALL = 0.01  # of what there was, from which on a report speaks of it
+_TRIES, _TOLERANCE = 12, 0.002  # of the MACs or parameters of the whole network
 
 
 class Scores(NamedTuple):
@@ -45,11 +46,14 @@ class Budget:
     def __post_init__(self) -> None:
         self.size = self.size_with(UNCUT)
         """What the model takes now."""
-        self._original_macs = self.size.macs[""]
+        self._original = self._measured(self.size)
 
     def size_with(self, plan: Plan) -> ModelSize:
         """What the model would take."""
         return model_size(self.model, self.graph.rehearsal, plan)
+
+    def _measured(self, size: ModelSize) -> int:
+        return size.parameters[""] if self.target == "params" else size.macs[""]
 
     def groups(self) -> dict[str, UnitGroup]:
         """What can be scored and cut."""
@@ -57,8 +61,8 @@ class Budget:
 
     def gone(self, plan: Plan = UNCUT, size: ModelSize | None = None) -> float:
         """The fraction of what there was that is gone, once a plan has been carried out that leaves this size."""
-        if self.target == "macs":
-            return 1 - (size or self.size).macs[""] / self._original_macs
+        if self.target != "units":
+            return 1 - self._measured(size or self.size) / self._original if self._original else 0.0
         groups = self.groups()
         left = sum(len(plan.left.get(name, group.original)) for name, group in groups.items())
         return 1 - left / all_units if (all_units := sum(group.original_size for group in groups.values())) else 0.0
@@ -87,24 +91,28 @@ class Budget:
             scored = sum(groups[name].size for name in scores.values) / sum(group.size for group in groups.values())
             return self.lowest(min((fraction - gone) / (1 - gone) / scored, 1.0), scores)
 
-        # MACs go about with the square of the widths, and widths with the fraction of units: a straight line between
-        # two roots of MACs meets the wanted one after few trials.
-        wanted = (1 - fraction) * self._original_macs
-        low, high = (0.0, self.size.macs[""] ** 0.5), (1.0, 0.0)
+        # MACs and parameters go about with the square of the widths, and widths with the fraction of units: a straight
+        # line between two roots of them meets the wanted one after few trials.
+        wanted = (1 - fraction) * self._original
+        low, high = (0.0, self._measured(self.size) ** 0.5), (1.0, 0.0)
         best = (math.inf, UNCUT)
-        for i in range(_MACS_TRIES):
+        for i in range(_TRIES if self._original else 0):
             asked = low[0] + (high[0] - low[0]) * (low[1] - wanted**0.5) / (low[1] - high[1])
             if i % 2:  # a line alone may creep up on it from one side
                 asked = (low[0] + high[0]) / 2
             plan = self.lowest(asked, scores)
-            macs = self.graph.rehearsal.macs(self.model, plan)[""]
-            best = min(best, (abs(macs - wanted), plan), key=lambda pair: pair[0])
-            if best[0] <= _MACS_TOLERANCE * self._original_macs:
+            left = (
+                parameter_counts(self.model, plan)
+                if self.target == "params"
+                else self.graph.rehearsal.macs(self.model, plan)
+            )[""]
+            best = min(best, (abs(left - wanted), plan), key=lambda pair: pair[0])
+            if best[0] <= _TOLERANCE * self._original:
                 break
-            if macs > wanted:
-                low = (asked, macs**0.5)
+            if left > wanted:
+                low = (asked, left**0.5)
             else:
-                high = (asked, macs**0.5)
+                high = (asked, left**0.5)
         return best[1]
 
     def lowest(self, fraction: float, scores: Scores) -> Plan:
