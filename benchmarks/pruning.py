@@ -53,7 +53,6 @@ RUNS = [
     ("SGD", "entropy", "uniform"),
     ("SGD", "rademacher", "uniform"),
     ("SGD", "l1", "uniform"),
-    ("SGD", "apoz", "uniform"),
     ("SGD", "torch-pruning", "uniform"),
     ("SGD", "random", "uniform"),
     ("ImpactSGD", None, "uniform"),

@@ -68,8 +68,8 @@ from impact_optim.experiments.data import Data, load_data
 from impact_optim.experiments.models import build_model
 from impact_optim.experiments.training import evaluate
 from impact_optim.pruning import ActivationPruner, Plan, UnitGroup, ramp
-from impact_optim.pruning.budget import Budget, Scores
-from impact_optim.pruning.criteria import CRITERIA, SPLITS, Context, Criterion, mean_over_places
+from impact_optim.pruning.budget import SPLITS, Budget, Scores
+from impact_optim.pruning.criteria import CRITERIA, Context, Criterion, mean_over_places
 from impact_optim.pruning.report import model_size
 from impact_optim.pruning.statistics import UnitStatistics
 

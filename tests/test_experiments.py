@@ -393,7 +393,7 @@ def numbers(results):
         ("dropconnect", Recipe(model="resnet18", epochs=3, batch=40, width=4)),
         ("fisher", Recipe(model="cnn", epochs=3, batch=40, width=8, precision="bfloat16")),
         ("baseline", Recipe(model="cnn", epochs=3, batch=40, width=8, prune=Pruning({2: 0.3}, target="macs"))),
-        ("fisher", Recipe(epochs=4, batch=40, width=16, prune=Pruning({1: 0.2, 3: 0.5}, "state_entropy"))),
+        ("fisher", Recipe(epochs=4, batch=40, width=16, prune=Pruning({1: 0.2, 3: 0.5}, "rademacher"))),
         ("saliency", Recipe(epochs=3, batch=40, width=16, prune=Pruning({2: 0.2, 3: 0.4}, "importance"))),
         ("saliency", Recipe(epochs=4, batch=40, width=16, drop_schedule="warmup")),
         ("saliency", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.8)),

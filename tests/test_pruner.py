@@ -373,7 +373,7 @@ def test_momentum_is_that_of_the_kept_weights():
     epoch(model, optimizer, 0)
     params = dict(model.named_parameters())
     expected = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in params.items()}
-    for name, dim, kept in pruner.step().records:
+    for name, dim, kept, _ in pruner.step().records:
         if name in expected:
             expected[name] = expected[name].index_select(dim, kept)
     assert dict(model.named_parameters()).keys() == params.keys()

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..pruning.budget import TARGETS
-from ..pruning.criteria import CRITERIA, SPLITS
+from ..pruning.budget import SPLITS, TARGETS
+from ..pruning.criteria import CRITERIA
 from .arms import (
     ADAMW,
     ARMS,

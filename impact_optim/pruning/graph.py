@@ -12,7 +12,7 @@ from torch import Tensor
 from .attributes import SizeKey
 from .coupling import CONSUMER, PRODUCER
 from .labels import AxisKey
-from .plan import Plan
+from .plan import Plan, PruneRecord
 from .rehearsal import Rehearsal
 from .transcript import Step
 
@@ -137,26 +137,23 @@ class UnitGraph:
         plan = Plan(left=left, removed=removed, made_for={name: group.original for name, group in self.groups.items()})
         for (name, dim), axis in self.axes.items():
             if (gone := removed[axis.labels]).any():
-                plan.kept.setdefault(name, {})[dim] = (~gone).nonzero().flatten()
+                kept = (~gone).nonzero().flatten()
+                plan.kept.setdefault(name, {})[dim] = kept
+                plan.records.append(PruneRecord(name, dim, kept, len(gone)))
         for key, labels in self.sizes.items():
             if (gone := removed[labels]).any():
                 plan.sizes[key] = int((~gone).sum())
         return plan
 
     def forget(self, plan: Plan) -> None:
-        """Takes removed units out of the graph, once the model has been cut: all of them, or none where it raises."""
+        """Takes removed units out of the graph, once the model has been cut."""
 
         def left(labels: Tensor) -> Tensor:
             return labels[~plan.removed[labels]]
 
-        restore = self.snapshot()
-        try:
-            for group in self.groups.values():
-                group.original = left(group.labels) - group.first
-            self._relabel(left)
-        except BaseException:
-            restore()
-            raise
+        for group in self.groups.values():
+            group.original = left(group.labels) - group.first
+        self._relabel(left)
 
     def freeze(self, names: Iterable[str], reason: str) -> None:
         """Takes groups out of the graph: their units stay."""

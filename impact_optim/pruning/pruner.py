@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..impact import impact_of
-from .budget import TARGETS, Budget, Scores
-from .criteria import CRITERIA, SPLITS, Context, Criterion
+from .budget import SPLITS, TARGETS, Budget, Scores
+from .criteria import CRITERIA, Context, Criterion
 from .plan import UNCUT, Plan
 from .repair import Optimizers, drawn_masks, impacts_around, repair, replace_state, with_state
 from .report import PruneReport, planned
 from .statistics import ActivationStatistics
-from .surgery import cut
+from .surgery import Snapshot, cut
 from .tracing import trace
-
-__all__ = ["ActivationPruner", "ramp"]
 
 _T = TypeVar("_T")
 Guard = tuple[Callable[[nn.Module], float], float]
@@ -350,19 +348,11 @@ class ActivationPruner:
 
 
 class _Snapshot:
-    """What a cut and an evaluation after it may change, to go back to.
-
-    Parameters by reference: a cut gives them other memory, and an evaluation does not train.
-    """
+    """All that a cut and an evaluation after it may change, to go back to."""
 
     def __init__(self, pruner: ActivationPruner) -> None:
         self._pruner = pruner
-        modules = [m for root in (pruner.model, *pruner.averaged) for m in root.modules()]
-        self._attributes = [(module, dict(vars(module))) for module in modules]
-        params = {p: None for module in modules for p in module.parameters(recurse=False)}
-        buffers = {b: None for module in modules for b in module.buffers(recurse=False)}
-        self._params = [(param, param.data, param.grad) for param in params]
-        self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
+        self._models = Snapshot([pruner.model, *pruner.averaged])
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
         self._masks = [(mask, mask.draws) for mask in drawn_masks(pruner.optimizers, pruner.model)]
         self._restore_graph = pruner.graph.snapshot()
@@ -371,19 +361,9 @@ class _Snapshot:
         self._own = {name: vars(pruner)[name] for name in ("_best_metric", "epoch")}
         self._size = pruner.budget.size
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Can be called again."""
-        for module, attributes in self._attributes:
-            for key in vars(module).keys() - attributes.keys():
-                delattr(module, key)
-            vars(module).update(attributes)
-        for param, data, grad in self._params:
-            param.grad = None
-            param.data = data
-            param.grad = grad
-        for buffer, data, values in self._buffers:
-            buffer.data = data.copy_(values)
+        self._models.restore()
         for optimizer, state in self._states:
             if optimizer.state is not state:
                 replace_state(optimizer, state)

@@ -13,8 +13,6 @@ from .graph import UnitGraph
 from .plan import UNCUT, Plan, PruneRecord
 from .rehearsal import Inputs, Rehearsal
 
-__all__ = ["LayerReport", "ModelSize", "PruneReport", "model_size"]
-
 
 class ModelSize(NamedTuple):
     """MACs of one evaluation of the example inputs, and numbers of parameters."""
