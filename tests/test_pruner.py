@@ -25,8 +25,9 @@ from impact_optim import Impact, ImpactAdamW, ImpactSGD
 from impact_optim.impact import impact_of
 from impact_optim.pruning import open_heads
 from impact_optim.pruning.architecture import load_pruned, save_pruned
-from impact_optim.pruning.pruner import ActivationPruner, ramp
+from impact_optim.pruning.pruner import ActivationPruner
 from impact_optim.pruning.report import model_size
+from impact_optim.pruning.schedule import ramp
 
 X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -155,16 +155,11 @@ class UnitGraph:
             group.original = left(group.labels) - group.first
         self._relabel(left)
 
-    def freeze(self, names: Iterable[str], reason: str) -> None:
-        """Takes groups out of the graph: their units stay."""
-        for name in names:
-            group = self.groups.pop(name)
-            self.frozen[name] = reason
-
-            def without(labels: Tensor, gone: Tensor = group.labels) -> Tensor:
-                return labels.masked_fill(torch.isin(labels, gone), -1)
-
-            self._relabel(without)
+    def freeze(self, name: str, reason: str) -> None:
+        """Takes a group out of the graph: its units stay."""
+        gone = self.groups.pop(name).labels
+        self.frozen[name] = reason
+        self._relabel(lambda labels: labels.masked_fill(torch.isin(labels, gone), -1))
 
     def owners(self, labels: Tensor) -> list[str]:
         """The groups that some labels belong to."""

@@ -545,12 +545,8 @@ class _Hook:
         if statistics is not None:
             self.action(statistics, module, *args)
 
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _detached_hook, ()
-
-
-def _detached_hook() -> Callable[..., None]:
-    return _do_nothing
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (_do_nothing,)
 
 
 def _do_nothing(*args: Any) -> None:
