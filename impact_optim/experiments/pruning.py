@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..pruning.pruner import ActivationPruner
 from ..pruning.report import LayerReport, PruneReport, model_size
 from .data import Data
-from .results import Line, aligned_table, runs_of, spread
+from .results import ACCURACY, Line, Measure, aligned_table, runs_of, spread
 
 LATENCY_BATCHES = (1, 64)
 _LATENCY_REPEATS = 15
@@ -175,8 +175,9 @@ def format_pruned_table(
     epochs: int,
     heldout: str,
     network: Callable[[str, int], PrunedNetwork],
+    measure: Measure = ACCURACY,
 ) -> str:
-    """A row per arm: held-out accuracy around each cut and at the end, size and latency before → after.
+    """A row per arm: held-out score around each cut and at the end, size and latency before → after.
 
     Args:
         lines: of all runs.
@@ -184,10 +185,13 @@ def format_pruned_table(
         epochs: of a finished run.
         heldout: what the held-out examples are.
         network: what is left of a run, by arm and seed.
+        measure: what arms are judged by.
     """
+    key, scale, digits = measure.key, measure.scale, f".{measure.digits}f"
     lines = list(lines)
     cuts = sorted({line["epoch"] for line in lines if "accuracy_before_cut" in line})
-    header = ["arm", "seeds", *(f"cut after epoch {epoch}: {heldout} %" for epoch in cuts), "at the end"]
+    what = f"{heldout} {measure.unit or measure.name}"
+    header = ["arm", "seeds", *(f"cut after epoch {epoch}: {what}" for epoch in cuts), "at the end"]
     header += ["MACs", "parameters", *(f"ms, batch {batch}" for batch in LATENCY_BATCHES)]
     rows = [header]
     for arm in arms:
@@ -197,9 +201,9 @@ def format_pruned_table(
         row = [arm, str(len(runs))]
         for epoch in cuts:
             around = [run[epoch - 1] for run in runs.values() if "accuracy_before_cut" in run[epoch - 1]]
-            keys = ("accuracy_before_cut", "accuracy")
-            row.append(_change([f"{spread(100 * line[key] for line in around):.2f}" for key in keys] if around else []))
-        row.append(f"{spread(100 * run[-1]['accuracy'] for run in runs.values()):.2f}")
+            scores = [spread(scale * line[k] for line in around) for k in (f"{key}_before_cut", key) if around]
+            row.append(_change([f"{score:{digits}}" for score in scores]))
+        row.append(f"{spread(scale * run[-1][key] for run in runs.values()):{digits}}")
         for sizes in ([n.report.macs for n in networks], [n.report.parameters for n in networks]):
             row.append(_change([_engineering(fmean(size[i] for size in sizes)) for i in (0, 1)]))
         for batch in LATENCY_BATCHES:

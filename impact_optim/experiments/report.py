@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .pruning import PrunedNetwork, format_pruned_table
-from .results import Line, ResultsFolder, format_table, runs_of, summarise, verdict
+from .results import Line, Measure, ResultsFolder, format_table, runs_of, summarise, verdict
 from .sparse import mean_densities
 from .training import Recipe
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CAPTIONS = {
-    "convergence": "Accuracy and loss over the epochs: mean over seeds, ± one standard deviation shaded.",
+    "convergence": "Held-out and training curves over the epochs: mean over seeds, ± one standard deviation shaded.",
     "importances": "Importances by layer; 1 is the mean, and where all of them begin.",
     "keep_probability": "How likely the weights of each layer are kept by a mask.",
     "sparsity": "The share of weights that each layer has kept.",
@@ -35,7 +35,12 @@ _NOT_CURVES = ("arm", "seed", "epoch", "heldout")
 
 
 def write_report(
-    results: ResultsFolder, arms: Mapping[str, Any], seeds: Sequence[int], recipe: Recipe, heldout: str
+    results: ResultsFolder,
+    arms: Mapping[str, Any],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    heldout: str,
+    measure: Measure,
 ) -> None:
     """Prints what the finished runs came to, and writes ``table.md``, the pictures and ``report.html``.
 
@@ -45,21 +50,22 @@ def write_report(
         seeds: to count.
         recipe: of all runs.
         heldout: what the held-out examples are.
+        measure: what arms are judged by.
     """
     epochs = recipe.epochs
     lines = [line for line in results.lines() if line["seed"] in seeds and results.finished(line["arm"], line["seed"])]
-    summaries = summarise(lines, arms, epochs)
+    summaries = summarise(lines, arms, epochs, measure)
     if not summaries:
         print("no run has finished yet")
         return
-    sentence = verdict(summaries, lines, epochs, heldout)
-    tables = [format_table(summaries, epochs, heldout)]
+    sentence = verdict(summaries, lines, epochs, heldout, measure)
+    tables = [format_table(summaries, epochs, heldout, measure)]
     if recipe.prune is not None:
-        tables.append(format_pruned_table(lines, arms, epochs, heldout, lambda *run: _pruned(results, *run)))
+        tables.append(format_pruned_table(lines, arms, epochs, heldout, lambda *run: _pruned(results, *run), measure))
     (results.path / "table.md").write_text("\n\n".join([*tables, sentence]) + "\n")
     print("\n\n".join([*tables, sentence]))
     try:
-        figures = _figures(results, arms, recipe, heldout, lines)
+        figures = _figures(results, arms, recipe, heldout, lines, measure)
     except ImportError:
         print("the pictures need matplotlib, which is not installed: pip install matplotlib", file=sys.stderr)
         figures = {}
@@ -108,7 +114,12 @@ def _pruned(results: ResultsFolder, arm: str, seed: int) -> PrunedNetwork:
 
 
 def _figures(
-    results: ResultsFolder, arms: Iterable[str], recipe: Recipe, heldout: str, lines: Sequence[Line]
+    results: ResultsFolder,
+    arms: Iterable[str],
+    recipe: Recipe,
+    heldout: str,
+    lines: Sequence[Line],
+    measure: Measure,
 ) -> dict[str, Figure]:
     from ..plots import (
         arm_colors,
@@ -124,14 +135,15 @@ def _figures(
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
     colors = arm_colors(arms)
 
-    def curves(key: str, scale: float = 1.0) -> dict[str, list[list[float]]]:
+    def curves(key: str, scale: float) -> dict[str, list[list[float]]]:
         return {arm: [[scale * line[key] for line in run] for run in by_seed.values()] for arm, by_seed in runs.items()}
 
-    figures = {
-        "convergence": plot_convergence(
-            {f"{heldout} accuracy (%)": curves("accuracy", 100), "training loss": curves("train_loss")}, colors
-        )
+    heading = f"{heldout} {measure.name}" + (f" ({measure.unit})" if measure.unit else "")
+    panels = {
+        heading: curves(measure.key, measure.scale),
+        f"training {measure.loss_name}": curves("train_loss", measure.loss_scale),
     }
+    figures = {"convergence": plot_convergence(panels, colors)}
     layers = {arm: merge_statistics(results.layers(arm, seed) for seed in by_seed) for arm, by_seed in runs.items()}
     layers = {arm: statistics for arm, statistics in layers.items() if statistics}
     if layers:

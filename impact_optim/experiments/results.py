@@ -202,17 +202,42 @@ class Spread(NamedTuple):
         return format(self.mean, spec) + ("" if math.isnan(self.std) else f" ± {self.std:{spec}}")
 
 
+class Measure(NamedTuple):
+    """What arms are judged by."""
+
+    key: str
+    """Of a line, which has ``train_KEY`` as well, and ``KEY_before_cut`` around a cut."""
+    scale: float
+    """What the line's number is multiplied by."""
+    name: str
+    unit: str
+    digits: int
+    lower_is_better: bool
+    lead: str
+    """Joins the difference of two arms and the name of the other."""
+    loss_name: str
+    """What losses are shown as, where they are."""
+    loss_scale: float
+
+
+ACCURACY = Measure("accuracy", 100.0, "accuracy", "%", 2, False, "points above", "loss", 1.0)
+BITS = Measure(
+    "loss", 1 / math.log(2), "bits per character", "", 3, True, "bits below", "bits per character", 1 / math.log(2)
+)
+"""What is usual for texts: the loss to the base of 2."""
+
+
 class ArmSummary(NamedTuple):
-    """What the finished runs of an arm came to; accuracies are in percent."""
+    """What the finished runs of an arm came to; scores are accuracies in percent, or what :class:`Measure` says."""
 
     arm: str
     seeds: int
-    accuracy: Spread
+    score: Spread
     """Of the held-out examples, after the last epoch."""
-    early_accuracy: Spread
+    early_score: Spread
     """The same after a tenth of the epochs."""
-    accuracy_gap: Spread
-    """Training minus held-out accuracy: the generalisation gap."""
+    score_gap: Spread
+    """By how much the score is better in training: the generalisation gap."""
     loss_gap: Spread
     """Held-out minus training loss."""
     dropped: Spread
@@ -222,7 +247,7 @@ class ArmSummary(NamedTuple):
     sparsity: Spread | None = None
     """Share of weights that are zero in the end, where that was asked for."""
     before_cut: Spread | None = None
-    """Accuracy before a cut after the last epoch, where there was one."""
+    """Score before a cut after the last epoch, where there was one."""
 
 
 def early_epoch(epochs: int) -> int:
@@ -241,9 +266,11 @@ def runs_of(lines: Iterable[Line], arm: str, epochs: int) -> dict[int, list[Line
     }
 
 
-def summarise(lines: Iterable[Line], arms: Iterable[str], epochs: int) -> list[ArmSummary]:
+def summarise(lines: Iterable[Line], arms: Iterable[str], epochs: int, measure: Measure = ACCURACY) -> list[ArmSummary]:
     """Summarises the finished runs of each arm; arms without any are left out."""
     lines, summaries = list(lines), []
+    key, scale, cut_key = measure.key, measure.scale, f"{measure.key}_before_cut"
+    sign = -1 if measure.lower_is_better else 1
     for arm in arms:
         runs = list(runs_of(lines, arm, epochs).values())
         if runs:
@@ -252,31 +279,41 @@ def summarise(lines: Iterable[Line], arms: Iterable[str], epochs: int) -> list[A
                 ArmSummary(
                     arm,
                     len(runs),
-                    accuracy=spread(100 * end["accuracy"] for end in last),
-                    early_accuracy=spread(100 * run[early_epoch(epochs) - 1]["accuracy"] for run in runs),
-                    accuracy_gap=spread(100 * (end["train_accuracy"] - end["accuracy"]) for end in last),
+                    score=spread(scale * end[key] for end in last),
+                    early_score=spread(scale * run[early_epoch(epochs) - 1][key] for run in runs),
+                    score_gap=spread(sign * scale * (end[f"train_{key}"] - end[key]) for end in last),
                     loss_gap=spread(end["loss"] - end["train_loss"] for end in last),
                     dropped=spread(100 * fmean(line["dropped"] for line in run) for run in runs),
                     seconds=spread(sum(line["seconds"] for line in run) for run in runs),
                     sparsity=spread(100 * end["sparsity"] for end in last) if "sparsity" in last[0] else None,
-                    before_cut=spread(100 * end["accuracy_before_cut"] for end in last)
-                    if "accuracy_before_cut" in last[0]
-                    else None,
+                    before_cut=spread(scale * end[cut_key] for end in last) if cut_key in last[0] else None,
                 )
             )
     return summaries
 
 
-def verdict(summaries: Sequence[ArmSummary], lines: Iterable[Line], epochs: int, heldout: str = "test") -> str:
+def verdict(
+    summaries: Sequence[ArmSummary],
+    lines: Iterable[Line],
+    epochs: int,
+    heldout: str = "test",
+    measure: Measure = ACCURACY,
+) -> str:
     """One sentence: which arm is best, and by how much beyond the spread.
 
     Arms are compared in pairs of runs that share a seed, and so initial weights and batches. The spread is the standard
     deviation of these differences.
     """
     lines = list(lines)
-    best, *others = sorted(summaries, key=lambda summary: summary.accuracy.mean, reverse=True)
+    sign, digits = -1 if measure.lower_is_better else 1, f".{measure.digits}f"
+
+    def rank(summary: ArmSummary) -> float:  # a run that diverged has no loss
+        return -math.inf if math.isnan(summary.score.mean) else sign * summary.score.mean
+
+    best, *others = sorted(summaries, key=rank, reverse=True)
+    reached = f"{best.score:{digits}}{measure.unit} {heldout} {measure.name}"
     if not others:
-        return f"{best.arm} has {best.accuracy:.2f}% {heldout} accuracy; there is nothing to compare it with."
+        return f"{best.arm} has {reached}; there is nothing to compare it with."
     found = []
     for other in dict.fromkeys([others[0].arm, *(s.arm for s in others if s.arm == "baseline")]):
         first, second = (runs_of(lines, arm, epochs) for arm in (best.arm, other))
@@ -284,37 +321,42 @@ def verdict(summaries: Sequence[ArmSummary], lines: Iterable[Line], epochs: int,
         if not shared:
             found.append(f"not to be compared with {other}, which shares no seed with it")
             continue
-        lead = spread(100 * (first[seed][-1]["accuracy"] - second[seed][-1]["accuracy"]) for seed in shared)
+        ends = [(first[seed][-1][measure.key], second[seed][-1][measure.key]) for seed in shared]
+        lead = spread(sign * measure.scale * (ours - theirs) for ours, theirs in ends)
         if math.isnan(lead.std):
             beyond = "of one seed, which has no spread"
-        elif lead.mean - lead.std >= 0.005:  # what shows with two digits
-            beyond = f"{lead.mean - lead.std:.2f} beyond the spread"
+        elif lead.mean - lead.std >= 0.5 * 10**-measure.digits:  # what shows with so many digits
+            beyond = f"{lead.mean - lead.std:{digits}} beyond the spread"
         else:
             beyond = "within the spread"
-        found.append(f"{lead:.2f} points above {other} ({beyond})")
-    return f"{best.arm} is best, with {best.accuracy:.2f}% {heldout} accuracy: {', and '.join(found)}."
+        found.append(f"{lead:{digits}} {measure.lead} {other} ({beyond})")
+    return f"{best.arm} is best, with {reached}: {', and '.join(found)}."
 
 
-def format_table(summaries: Sequence[ArmSummary], epochs: int, heldout: str = "test") -> str:
+def format_table(
+    summaries: Sequence[ArmSummary], epochs: int, heldout: str = "test", measure: Measure = ACCURACY
+) -> str:
     """The summaries as an aligned table that is Markdown too."""
+    unit, digits, by_loss = f" {measure.unit}".rstrip(), f".{measure.digits}f", measure.key == "loss"
     header = [
         "arm",
         "seeds",
-        f"{heldout} accuracy %",
-        f"after epoch {early_epoch(epochs)} %",
-        f"train − {heldout} %",
-        "loss gap",
+        f"{heldout} {measure.name}{unit}",
+        f"after epoch {early_epoch(epochs)}{unit}",
+        (f"{heldout} − train" if measure.lower_is_better else f"train − {heldout}") + unit,
+        *([] if by_loss else ["loss gap"]),
         "dropped %",
         "seconds",
     ]
     is_sparse = any(s.sparsity is not None for s in summaries)
-    rows = [[*header, "zero %", "before the cut %"] if is_sparse else header]
+    rows = [[*header, "zero %", f"before the cut{unit}"] if is_sparse else header]
     for s in summaries:
-        percent = [f"{value:.2f}" for value in (s.accuracy, s.early_accuracy, s.accuracy_gap)]
-        row = [s.arm, str(s.seeds), *percent, f"{s.loss_gap:.3f}", f"{s.dropped.mean:.1f}", f"{s.seconds:.1f}"]
+        scores = [f"{value:{digits}}" for value in (s.score, s.early_score, s.score_gap)]
+        losses = [] if by_loss else [f"{s.loss_gap:.3f}"]
+        row = [s.arm, str(s.seeds), *scores, *losses, f"{s.dropped.mean:.1f}", f"{s.seconds:.1f}"]
         if is_sparse:
             row.append("" if s.sparsity is None else f"{s.sparsity.mean:.1f}")
-            row.append("" if s.before_cut is None else f"{s.before_cut:.2f}")
+            row.append("" if s.before_cut is None else f"{s.before_cut:{digits}}")
         rows.append(row)
     return aligned_table(rows)
 

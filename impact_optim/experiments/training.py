@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +34,9 @@ DROP_SCHEDULES = ("constant", "linear", "warmup")
 PRECISIONS = ("float32", "bfloat16")
 
 _EVALUATION_BATCH = 1000
+_EVALUATION_TARGETS = 16_384  # of texts, so that their logits need no more memory than a training batch's
 _TRAIN_EVALUATED = 10_000  # training examples that the training accuracy is measured on
+_CHARACTERS_EVALUATED = 100_000  # of a text, on either side; its standard error is then about 0.01 bits
 _BATCH_NORM_BATCHES = 20
 _WARMUP = 0.25  # of the epochs
 
@@ -112,6 +115,11 @@ def train(
     pruner = None if recipe.prune is None else build_pruner(recipe.prune, model, data, steps, optimizer, seed)
     compute = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
+    seen = data.x[:_TRAIN_EVALUATED], data.y[:_TRAIN_EVALUATED]
+    heldout = data.heldout_x, data.heldout_y
+    if data.is_text:
+        seen, heldout = _spread(data.x, data.y), _spread(data.heldout_x, data.heldout_y)
+
     done = 0
     if (checkpoint := results.checkpoint(arm, seed, device)) is not None:
         if pruner is not None:
@@ -156,17 +164,16 @@ def train(
                     # it, so that none is favoured. Training normalises by each batch and does not see the change.
                     inputs = (x for x, _ in islice(batches(data, recipe.batch, seed, epoch), _BATCH_NORM_BATCHES))
                     update_bn((x.to(memory_format=memory_format) for x in inputs), model)
-                training = evaluate(model, data.x[:_TRAIN_EVALUATED], data.y[:_TRAIN_EVALUATED])
-                return training, evaluate(model, data.heldout_x, data.heldout_y)
+                return evaluate(model, *seen), evaluate(model, *heldout)
 
         (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
         dropped = expected_drop(optimizer)
         around_cut = {}
         if pruner is not None and pruner.step().records:
-            around_cut = {"accuracy_before_cut": accuracy}
+            around_cut = {"accuracy_before_cut": accuracy, "loss_before_cut": heldout_loss}
             (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
         if sparse is not None and sparse.is_due(epoch):
-            around_cut.setdefault("accuracy_before_cut", accuracy)
+            around_cut = around_cut or {"accuracy_before_cut": accuracy, "loss_before_cut": heldout_loss}
             sparse.cut()
             (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
         line = {
@@ -184,6 +191,8 @@ def train(
             "seconds": round(seconds, 4),
             **around_cut,
         }
+        if data.is_text:
+            line["bits_per_character"] = heldout_loss / math.log(2)
         if sparse is not None:
             line["sparsity"] = 1 - density(model)
             sparse.after(epoch)
@@ -226,16 +235,23 @@ def _initial_model(recipe: Recipe, data: Data, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy of a model in evaluation mode; it is left in train mode."""
+    """Mean cross-entropy and accuracy of a model in evaluation mode, over all targets; it is left in train mode."""
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     correct = torch.zeros((), dtype=torch.int64, device=x.device)
-    for xs, ys in zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH), strict=True):
+    size = max(1, min(_EVALUATION_BATCH, _EVALUATION_TARGETS * len(y) // y.numel()))
+    for xs, ys in zip(x.split(size), y.split(size), strict=True):
         logits = model(xs).float()
         loss += F.cross_entropy(logits, ys, reduction="sum")
         correct += (logits.argmax(1) == ys).sum()
     model.train()
-    return loss.item() / len(y), correct.item() / len(y)
+    return loss.item() / y.numel(), correct.item() / y.numel()
+
+
+def _spread(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Some of the windows of a text, from all over it: neighbours would be of one play."""
+    every = math.ceil(y.numel() / _CHARACTERS_EVALUATED)
+    return x[::every], y[::every]
 
 
 def expected_drop(optimizer: Optimizer) -> float:

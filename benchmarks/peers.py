@@ -1,14 +1,19 @@
-"""What the study compares with that is no arm of the main job: RigL, LAMP, and a control for the learnt signals."""
+"""What the benchmarks compare with that is no arm of the main job."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impact_optim import ImpactSGD, SparsityReport
+from impact_optim import SIGNALS, ImpactAdamW, ImpactSGD, SparsityReport
+from impact_optim.engine import _gradients_at
+from impact_optim.experiments.arms import build_optimizer
+from impact_optim.experiments.models import TransformerBlock
 from impact_optim.sparsity import keep_largest
 
 
@@ -81,10 +86,9 @@ def erk_densities(weights: list[Tensor], density: float) -> list[float]:
         full |= over
 
 
-def shuffled_fisher(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
-    """The Fisher signal, handed to other weights of the tensor, always the same ones: what is left is its
-    distribution."""
-    return -grad.square().reshape(-1).flip(0).view_as(grad)
+def shuffled_saliency(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
+    """The saliency, handed to other weights of the tensor, always the same ones: what is left is its distribution."""
+    return weight.mul(grad).abs_().neg_().reshape(-1).flip(0).view_as(grad)
 
 
 class GradualLAMP(ImpactSGD):
@@ -94,6 +98,16 @@ class GradualLAMP(ImpactSGD):
         weights = {p: lamp(p.detach()) for group in self.param_groups for p in group["params"] if p.dim() >= 2}
         count = round((1.0 - sparsity) * sum(p.numel() for p in weights))
         return super().sparsify(masks=dict(zip(weights, keep_largest(list(weights.values()), count), strict=True)))
+
+
+class GradualPerTensor(ImpactAdamW):
+    """AdamW whose tensors all lose the same share of their smallest weights, as Zhu & Gupta do."""
+
+    def __init__(self, model: nn.Module, base: str, **options: Any) -> None:
+        super().__init__(model, **options)
+
+    def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
+        return super().sparsify(sparsity, scope="tensor", **options)
 
 
 def lamp(weight: Tensor) -> Tensor:
@@ -106,3 +120,85 @@ def lamp(weight: Tensor) -> Tensor:
     scores = torch.empty_like(squares)
     scores[order] = ordered / ordered.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
     return scores.view_as(weight)
+
+
+class GradientLookahead(ImpactSGD):
+    """``"lookahead"`` that tries the step of plain SGD, whatever momentum is: x - w ⊙ γg, as the source writes it."""
+
+    def _look_back(self, optimizer: torch.optim.Optimizer, step: Any) -> None:
+        trial, judged = {}, {}
+        for simplex in self._simplexes[optimizer]:
+            importances = simplex.importances()
+            judged[simplex] = {
+                p: simplex.group["lr"] * p.grad for p in simplex.members if p in step.before and p.grad is not None
+            }
+            trial.update((p, step.before[p] - importances[p] * d) for p, d in judged[simplex].items())
+        params = [p for group in self.param_groups for p in group["params"]]
+        found = _gradients_at(trial, step.closure, params)
+        for simplex, steps in judged.items():
+            simplex.update(found, steps)
+
+
+def add_dropout(model: nn.Module, p: float) -> None:
+    """Dropout before each shortcut of a transformer's blocks, as in GPT-2."""
+    for module in model.modules():
+        if isinstance(module, TransformerBlock):
+            for branch in (module.out, module.mlp):
+                branch.register_forward_hook(lambda module, args, y: F.dropout(y, p, module.training))
+
+
+# ------------------------------------------------------------------------------- by name
+
+SIGNALS["saliency-shuffled"] = shuffled_saliency
+_SGD = ("lr", "momentum", "weight_decay")
+Options = dict[str, Any]
+
+
+class Peer(NamedTuple):
+    """How a peer is built."""
+
+    arm: str
+    """Of the main job, whose options and schedules it has."""
+    build: Callable[[nn.Module, Options, Mapping[str, Any], int, int], torch.optim.Optimizer]
+    """Takes the model, the options, the settings of the run, the number of steps and the seed."""
+
+
+def _rigl(
+    model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
+) -> torch.optim.Optimizer:
+    options = {name: value for name, value in options.items() if name in (*_SGD, "every")}
+    return RigL(model, sparsity=settings["sparsity"], steps=steps, seed=seed, **options)
+
+
+def _lookahead(
+    model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
+) -> torch.optim.Optimizer:
+    options = {**options, "importance": "lookahead"}
+    per_tensor = options.pop("simplex", "group") == "tensor"
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = GradientLookahead(groups if per_tensor else model, seed=seed, **options)
+    if per_tensor:
+        optimizer.attach(model)
+    return optimizer
+
+
+def _dropout(
+    model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
+) -> torch.optim.Optimizer:
+    options = dict(options)
+    add_dropout(model, options.pop("dropout"))
+    return build_optimizer("adamw", model, options, seed)
+
+
+PEERS = {
+    "rigl": Peer("baseline", _rigl),
+    "gradual-lamp": Peer(
+        "gradual-magnitude", lambda model, o, settings, steps, seed: GradualLAMP(model, seed=seed, **o)
+    ),
+    "gradual-per-tensor": Peer(
+        "gradual-magnitude", lambda model, o, _, __, seed: GradualPerTensor(model, seed=seed, **o)
+    ),
+    "lookahead-gradient": Peer("lookahead", _lookahead),
+    "adamw-dropout": Peer("adamw", _dropout),
+}
+"""Peers by name."""
