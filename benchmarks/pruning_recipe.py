@@ -447,7 +447,7 @@ def train(task: Line, inputs: Inputs, stop: float) -> Line | None:
                 sizes = {
                     "macs": report.macs[1],
                     "parameters": report.parameters[1],
-                    "note": report.note if arm.target == "macs" else "",
+                    "note": report.note,
                 }
                 cuts.append({"epoch": epoch + 1, "before": before, "after": after, "renewed": renewed, **sizes})
     line["end"] = accuracy()

@@ -749,7 +749,7 @@ def test_a_gpt_learns_a_text_and_resumes(precision, shakespeare, tmp_path):
 
 @pytest.mark.parametrize("criterion", ["entropy", "rademacher", "l1", "random"])
 def test_a_run_with_cuts_measures_around_them_and_keeps_what_is_left(criterion, digits, tmp_path):
-    prune = Pruning({2: 0.25, 4: 0.5}, criterion, split="rademacher")  # the last one after the last epoch
+    prune = Pruning({2: 0.25, 4: 0.5}, criterion, "units", split="rademacher")  # the last one after the last epoch
     results = run("fisher", digits, tmp_path, Recipe(epochs=4, batch=40, width=32, prune=prune))
     assert ["accuracy_before_cut" in line for line in results.lines()] == [False, True, False, True]
     network = PrunedNetwork.from_json(json.loads((results.pruned("fisher", 3) / "cut.json").read_text()))

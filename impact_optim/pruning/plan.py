@@ -17,8 +17,8 @@ class PruneRecord(NamedTuple):
     dim: int
     kept: Tensor
     """int64, the indices that were kept, ascending."""
-    size: int
-    """Of the dimension before the cut."""
+    before: int
+    """How many there were."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _as_list(one_or_several: T | Iterable[T], *kinds: type) -> list[T]:
 def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut]:
     tensors = named_tensors(model)
     cuts: dict[Tensor, _Cut] = {}
-    for name, dim, kept, size in records:
+    for name, dim, kept, before in records:
         if name not in tensors:
             raise ValueError(f"a record names {name!r}, which {type(model).__name__} does not have")
         tensor = tensors[name]
@@ -112,7 +112,7 @@ def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut
         if dim in cut.kept:  # a later cut
             cut.kept[dim] = cut.kept[dim][kept]
         else:
-            cut.kept[dim], cut.before[dim] = kept, size
+            cut.kept[dim], cut.before[dim] = kept, before
     for cut in cuts.values():
         for dim, kept in cut.kept.items():
             if len(kept) != cut.after[dim]:
