@@ -14,76 +14,160 @@ from impact_optim import SIGNALS, ImpactAdamW, ImpactSGD, SparsityReport
 from impact_optim.engine import _gradients_at
 from impact_optim.experiments.arms import build_optimizer
 from impact_optim.experiments.models import TransformerBlock
+from impact_optim.experiments.sparse import CannotBeSparse, erdos_renyi, ramp_epochs
 from impact_optim.sparsity import keep_largest
 
 
-class RigL(torch.optim.SGD):
-    """SGD on a network that is sparse from the start, and moves its connections to where the gradient is large.
+class Rewired(torch.optim.SGD):
+    """SGD on a network that is sparse from the start, and may move its connections.
 
     Every ``every`` steps, until three quarters of the training are over, a share of each tensor's weights that falls
-    from 0.3 to 0 as a half cosine is replaced: the smallest go, and as many come back at zero where the dense gradient
-    is largest. Layers are given their densities by their sizes (ERK), so that the network as a whole has the sparsity.
+    from 0.3 to 0 as a half cosine is replaced: the smallest go, and as many come back at zero, also of those. Layers
+    are given their densities by their sizes, so that the network as a whole has the sparsity: Erdős–Rényi without the
+    kernel, which is the same for linear layers and better here for convolutions.
 
-    Source: Evci et al., Rigging the lottery: making all tickets winners, ICML 2020.
+    Args:
+        model: whose tensors of two or more dimensions are sparse.
+        sparsity: of all of them together.
+        steps: of the training.
+        seed: of the connections.
+        grow: ``"gradient"`` is RigL, where the dense gradient is largest; ``"random"`` is SET, anywhere, with the
+            schedule that RigL's authors give it; ``None`` keeps the random connections that it begins with.
+        every: how many steps apart.
+
+    Sources: Evci et al., Rigging the lottery: making all tickets winners, ICML 2020, and their code; Mocanu et al.,
+    Scalable training of artificial neural networks with adaptive sparse connectivity, Nature Communications 2018.
     """
 
-    def __init__(self, model: nn.Module, *, sparsity: float, steps: int, seed: int, every: int = 50, **options: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float,
+        steps: int,
+        seed: int,
+        grow: str | None = "gradient",
+        every: int = 100,
+        **options: Any,
+    ) -> None:
         super().__init__(model.parameters(), foreach=False, **options)
-        self._end, self._every, self._taken = 0.75 * steps, every, 0
-        weights = [p for p in model.parameters() if p.dim() >= 2]
-        generator = torch.Generator().manual_seed(seed)
+        self._end, self._grow, self._every, self._taken = 0.75 * steps, grow, every, 0
+        weights = weights_of(model)
+        self._generator = torch.Generator().manual_seed(seed)
         self._masks: dict[Tensor, Tensor] = {}
         with torch.no_grad():
-            for p, density in zip(weights, erk_densities(weights, 1 - sparsity), strict=True):
-                kept = torch.rand(p.numel(), generator=generator).argsort()[: max(1, round(density * p.numel()))]
+            for p, density in zip(weights, erdos_renyi([p.shape for p in weights], 1 - sparsity), strict=True):
+                kept = self._random(p).argsort()[: max(1, round(density * p.numel()))]
                 self._masks[p] = torch.zeros(p.numel(), dtype=torch.bool).index_fill_(0, kept, True).view_as(p)
                 p.mul_(self._masks[p])
+
+    def _random(self, p: Tensor) -> Tensor:
+        return torch.rand(p.numel(), generator=self._generator)
 
     def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._taken > 0 and self._taken % self._every == 0 and self._taken < self._end:
-            share = 0.15 * (1 + math.cos(math.pi * self._taken / self._end))
-            for p, mask in self._masks.items():
-                self._rewire(p, mask, share)
-        else:
+        is_due = self._taken > 0 and self._taken % self._every == 0 and self._taken < self._end
+        rewires = self._grow is not None and is_due
+        if not (rewires and self._grow == "gradient"):  # RigL's change takes the place of a step, as in the source
             for p, mask in self._masks.items():
                 if p.grad is not None:
                     p.grad.mul_(mask)
             super().step()
+        if rewires:
+            share = 0.15 * (1 + math.cos(math.pi * self._taken / self._end))
+            for p, mask in self._masks.items():
+                self._rewire(p, mask, share)
         self._taken += 1
         return loss
 
     @torch.no_grad()
     def _rewire(self, p: Tensor, mask: Tensor, share: float) -> None:
-        """Takes the place of a step, as in the source."""
         count = min(int(share * int(mask.sum())), int((~mask).sum()))
         if p.grad is None or count == 0:
             return
         old = mask.clone()
         smallest = p.abs().masked_fill(~mask, math.inf).flatten().topk(count, largest=False).indices
         mask.view(-1)[smallest] = False
+        score = p.grad.abs() if self._grow == "gradient" else self._random(p).view_as(p)
         # What has just gone may come back, as it was.
-        largest = p.grad.abs().masked_fill(mask, -1.0).flatten().topk(count).indices
-        mask.view(-1)[largest] = True
+        mask.view(-1)[score.masked_fill(mask, -1.0).flatten().topk(count).indices] = True
         p.mul_(mask & old)
         if (buffer := self.state.get(p, {}).get("momentum_buffer")) is not None:
             buffer.mul_(mask & old)
 
 
-def erk_densities(weights: list[Tensor], density: float) -> list[float]:
-    """Densities in proportion to (sum of a tensor's sizes) / (their product), at most 1, whose mean is ``density``."""
-    raw = [sum(p.shape) / math.prod(p.shape) for p in weights]
-    full: set[int] = set()
-    while True:
-        left = density * sum(p.numel() for p in weights) - sum(weights[i].numel() for i in full)
-        scale = left / sum(raw[i] * p.numel() for i, p in enumerate(weights) if i not in full)
-        over = {i for i in range(len(weights)) if i not in full and scale * raw[i] > 1}
-        if not over:
-            return [1.0 if i in full else scale * raw[i] for i in range(len(weights))]
-        full |= over
+class OneShot(ImpactSGD):
+    """SGD that is cut to its largest weights once, where the ramps of the others end, and trains on.
+
+    Source: Han et al., Learning both weights and connections for efficient neural networks, NIPS 2015.
+    """
+
+    def __init__(self, model: nn.Module, *, sparsity: float, cut: int, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._final_sparsity, self._until_cut = sparsity, cut
+
+    def step(self, closure: Any = None) -> Any:
+        if self._until_cut == 0:
+            try:
+                self.sparsify(self._final_sparsity, by="magnitude")
+            except ValueError as error:
+                raise CannotBeSparse(str(error)) from error
+        self._until_cut -= 1
+        return super().step(closure)
+
+
+class TargetedDropout(torch.optim.SGD):
+    """SGD that drops the smallest weights of every unit at random, more and more, and cuts them after the last step.
+
+    A share γ of a unit's weights is dropped with probability α. Over the first third of the training γ rises to 95% of
+    the sparsity, over the next third to all of it, while α rises over both: the ramping form, as the source's code has
+    it for ResNet-32. Where the share is no whole number of weights, one more is left.
+
+    Source: Gomez et al., Learning sparse networks using targeted dropout, 2019.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, sparsity: float, steps: int, seed: int, alpha: float = 0.99, **options: Any
+    ) -> None:
+        super().__init__(model.parameters(), foreach=False, **options)
+        self._weights, self._sparsity, self._alpha = weights_of(model), sparsity, alpha
+        self._steps, self._taken = steps, 0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:
+        thirds = 3 * self._taken / self._steps
+        share = self._sparsity * (0.95 * min(1.0, thirds) + 0.05 * min(1.0, max(0.0, thirds - 1.0)))
+        alpha = self._alpha * min(1.0, thirds / 2)
+        dense = [p.clone() for p in self._weights]
+        kept = []
+        for p in self._weights:
+            kept.append(~(smallest_of_units(p, share) & (torch.rand(p.shape, generator=self._generator) < alpha)))
+            p.mul_(kept[-1])
+        with torch.enable_grad():
+            loss = closure()
+        for p, was, mask in zip(self._weights, dense, kept, strict=True):
+            p.copy_(was)
+            p.grad.mul_(mask)
+        super().step()
+        self._taken += 1
+        if self._taken == self._steps:
+            for p in self._weights:
+                p.masked_fill_(smallest_of_units(p, self._sparsity), 0.0)
+        return loss
+
+
+def smallest_of_units(weight: Tensor, share: float) -> Tensor:
+    """Where the smallest weights of each row are, a share of it rounded down."""
+    rows = weight.flatten(1).abs()
+    return (rows < rows.kthvalue(int(share * rows.size(1) + 1e-6) + 1, 1, keepdim=True).values).view_as(weight)
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.dim() >= 2]
 
 
 def shuffled_saliency(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
@@ -122,21 +206,24 @@ def lamp(weight: Tensor) -> Tensor:
     return scores.view_as(weight)
 
 
-class GradientLookahead(ImpactSGD):
-    """``"lookahead"`` that tries the step of plain SGD, whatever momentum is: x - w ⊙ γg, as the source writes it."""
+class StepLookahead(ImpactSGD):
+    """``"lookahead"`` that tries the step that SGD has just taken, with its momentum and under its mask."""
 
-    def _look_back(self, optimizer: torch.optim.Optimizer, step: Any) -> None:
-        trial, judged = {}, {}
-        for simplex in self._simplexes[optimizer]:
-            importances = simplex.importances()
-            judged[simplex] = {
-                p: simplex.group["lr"] * p.grad for p in simplex.members if p in step.before and p.grad is not None
-            }
-            trial.update((p, step.before[p] - importances[p] * d) for p, d in judged[simplex].items())
-        params = [p for group in self.param_groups for p in group["params"]]
-        found = _gradients_at(trial, step.closure, params)
-        for simplex, steps in judged.items():
-            simplex.update(found, steps)
+    def _look_ahead(self, simplexes: Any, closure: Any) -> Any:
+        self._closure, self._old = closure, {p: p.detach().clone() for s in simplexes for p in s.members}
+        return {}
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            taken = {s: {p: self._old[p] - p for p in s.members} for s in self._simplexes[optimizer]}
+            trial = {}
+            for simplex, steps in taken.items():
+                importances = simplex.importances()
+                trial.update((p, self._old[p] - importances[p] * step) for p, step in steps.items())
+            params = [p for group in self.param_groups for p in group["params"]]
+            found = _gradients_at(trial, self._closure, params)
+        self._steps[optimizer].judged = {simplex: (found, steps) for simplex, steps in taken.items()}
+        super()._after_step(optimizer, args, kwargs)
 
 
 def add_dropout(model: nn.Module, p: float) -> None:
@@ -163,20 +250,38 @@ class Peer(NamedTuple):
     """Takes the model, the options, the settings of the run, the number of steps and the seed."""
 
 
-def _rigl(
+def _rewired(grow: str | None) -> Peer:
+    def build(
+        model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
+    ) -> torch.optim.Optimizer:
+        options = {name: value for name, value in options.items() if name in (*_SGD, "every")}
+        return Rewired(model, sparsity=settings["sparsity"], steps=steps, seed=seed, grow=grow, **options)
+
+    return Peer("baseline", build)
+
+
+def _one_shot(
     model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
 ) -> torch.optim.Optimizer:
-    options = {name: value for name, value in options.items() if name in (*_SGD, "every")}
-    return RigL(model, sparsity=settings["sparsity"], steps=steps, seed=seed, **options)
+    epochs = settings["epochs"]
+    cut = ramp_epochs(epochs) * steps // epochs
+    return OneShot(model, sparsity=settings["sparsity"], cut=cut, seed=seed, **options)
 
 
-def _lookahead(
+def _targeted(
+    model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
+) -> torch.optim.Optimizer:
+    options = {name: value for name, value in options.items() if name in (*_SGD, "alpha")}
+    return TargetedDropout(model, sparsity=settings["sparsity"], steps=steps, seed=seed, **options)
+
+
+def _lookahead_step(
     model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
 ) -> torch.optim.Optimizer:
     options = {**options, "importance": "lookahead"}
     per_tensor = options.pop("simplex", "group") == "tensor"
     groups = [{"params": [p]} for p in model.parameters()]
-    optimizer = GradientLookahead(groups if per_tensor else model, seed=seed, **options)
+    optimizer = StepLookahead(groups if per_tensor else model, seed=seed, **options)
     if per_tensor:
         optimizer.attach(model)
     return optimizer
@@ -191,14 +296,18 @@ def _dropout(
 
 
 PEERS = {
-    "rigl": Peer("baseline", _rigl),
+    "rigl": _rewired("gradient"),
+    "set": _rewired("random"),
+    "static": _rewired(None),
+    "one-shot-magnitude": Peer("baseline", _one_shot),
+    "targeted-dropout": Peer("baseline", _targeted),
     "gradual-lamp": Peer(
         "gradual-magnitude", lambda model, o, settings, steps, seed: GradualLAMP(model, seed=seed, **o)
     ),
     "gradual-per-tensor": Peer(
         "gradual-magnitude", lambda model, o, _, __, seed: GradualPerTensor(model, seed=seed, **o)
     ),
-    "lookahead-gradient": Peer("lookahead", _lookahead),
+    "lookahead-step": Peer("lookahead", _lookahead_step),
     "adamw-dropout": Peer("adamw", _dropout),
 }
 """Peers by name."""

@@ -39,7 +39,7 @@ from impact_optim.experiments.training import Recipe, train
 Settings = dict[str, Any]
 Run = dict[str, Any]
 
-TUNING_SEEDS = (0, 1)
+TUNING_SEEDS = (0,)
 TEST_SEEDS = (100, 101, 102, 103, 104)
 
 
@@ -83,6 +83,8 @@ class Arm:
     lrs: tuple[float, ...] | None = None
     tune: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Options that are tuned as well."""
+    tuning_seeds: tuple[int, ...] | None = None
+    """What it is tuned with; ``None`` takes the task's."""
     tuned_as: tuple[str, str] | None = None
     """Question and arm whose best settings it takes."""
 
@@ -168,7 +170,7 @@ class Plan:
         """What each point of an arm's grid reaches on the validation split; ``None`` before all were tried."""
         scores = []
         for point in grid(task, arm):
-            runs = [self.run_of(task, arm, point, "validation", seed) for seed in task.tuning_seeds]
+            runs = [self.run_of(task, arm, point, "validation", seed) for seed in arm.tuning_seeds or task.tuning_seeds]
             if None in runs:
                 return None
             scores.append((fmean(measured(task, run) for run in runs if run is not None), point))
@@ -205,7 +207,7 @@ class Plan:
                         found = [
                             settings_of(task, arm, point, "validation", seed)
                             for point in grid(task, arm)
-                            for seed in task.tuning_seeds
+                            for seed in arm.tuning_seeds or task.tuning_seeds
                         ]
                     else:
                         found = []

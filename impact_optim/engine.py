@@ -34,7 +34,8 @@ class _Step:
     """Where weights are zero for good."""
     before: dict[Tensor, Tensor] = field(default_factory=dict)
     """The weights, if a signal reads the step."""
-    closure: Callable[[], Any] | None = None
+    judged: dict[Simplex, tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]] = field(default_factory=dict)
+    """Of ``"lookahead"``: the gradients that it has found, and the steps that led there."""
 
 
 class Engine:
@@ -233,7 +234,9 @@ class Engine:
         for simplex in simplexes:
             self._check_gradients(simplex, closure)
         through_masks = {simplex: self._find_masked(simplex) for simplex in simplexes}
-        step = self._steps[optimizer] = _Step(closure=closure)
+        step = self._steps[optimizer] = _Step()
+        if closure is not None:
+            step.judged = self._look_ahead(simplexes, closure)
         may_step = self._steps_by_itself and not dynamo_is_active()
         for simplex in simplexes:
             grads = {p: p.grad for p in simplex.members if p.grad is not None and p.grad.layout is torch.strided}
@@ -251,6 +254,35 @@ class Engine:
             step.grads += [(p, grads[p], new) for p, new in changed.items() if new is not grads[p]]
         for p, _, new in step.grads:
             p.grad = new
+
+    def _look_ahead(
+        self, simplexes: list[Simplex], closure: Callable[[], Any]
+    ) -> dict[Simplex, tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]]:
+        """What ``"lookahead"`` needs: the gradients of the same batch, under the same masks, at x - w ⊙ γg.
+
+        g is the dense gradient, whatever the step of the base is: a dropped weight has one as well, and it is the step
+        that this batch asks for, not one that momentum has gathered. All groups are tried at once."""
+        judged: dict[Simplex, dict[Tensor, Tensor]] = {}
+        trial: dict[Tensor, Tensor] = {}
+        for simplex in simplexes:
+            group = simplex.group
+            if group["importance"] != "lookahead":
+                continue
+            lr = -group["lr"] if group.get("maximize") else group["lr"]
+            grads = {p: p.grad for p in simplex.members if p.grad is not None and p.grad.layout is torch.strided}
+            judged[simplex] = {p: lr * grad.float() for p, grad in grads.items()}
+            importances = simplex.importances()
+            trial.update((p, p.detach() - importances[p] * step) for p, step in judged[simplex].items())
+        if not trial:
+            return {}
+        params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
+        found = _gradients_at(trial, closure, params)
+        self._masking.restore()
+        sign = {simplex: -1.0 if simplex.group.get("maximize") else 1.0 for simplex in judged}
+        return {
+            simplex: ({p: sign[simplex] * found[p] for p in steps if p in found}, steps)
+            for simplex, steps in judged.items()
+        }
 
     def _finds_what_was_left(self, optimizer: Optimizer) -> bool:
         """Whether the gradients are those of the step before, as where Lightning's weight averaging ends the pass that
@@ -361,7 +393,10 @@ class Engine:
         for p, grad, masked in step.grads:
             if p.grad is masked:
                 p.grad = grad
-        self._look_back(optimizer, step)
+        for p, old in step.before.items():
+            optimizer.state[p]["last_step"] = old - p.detach()
+        for simplex, (grads, steps) in step.judged.items():
+            simplex.update(grads, steps)
         for p, zero in step.held.items():
             if p.dtype in (torch.float16, torch.bfloat16):  # few bits: a weight that lives may come to zero by chance
                 p.masked_fill_((p == 0) & ~zero, torch.finfo(p.dtype).tiny)
@@ -378,31 +413,6 @@ class Engine:
         self._left.clear()
         self._is_lazy = False
         self._steps.pop(optimizer, None)
-
-    def _look_back(self, optimizer: Optimizer, step: _Step) -> None:
-        """What the signals do that read the step: keep it for the next one, or try it on the same batch. All groups are
-        tried at once: it is one step that the loss judges."""
-        if not step.before:
-            return
-        taken = {p: old - p.detach() for p, old in step.before.items()}
-        judged: dict[Simplex, dict[Tensor, Tensor]] = {}
-        trial: dict[Tensor, Tensor] = {}
-        for simplex in self._simplexes[optimizer]:
-            steps = {p: taken[p] for p in simplex.members if p in taken}
-            if simplex.group["importance"] != "lookahead":
-                for p, value in steps.items():
-                    optimizer.state[p]["last_step"] = value
-            elif steps:
-                judged[simplex] = steps
-                importances = simplex.importances()
-                trial.update((p, step.before[p].float() - importances[p] * d.float()) for p, d in steps.items())
-        if step.closure is None or not trial:
-            return
-        params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
-        found = _gradients_at(trial, step.closure, params)
-        for simplex, steps in judged.items():
-            sign = -1.0 if simplex.group.get("maximize") else 1.0
-            simplex.update({p: found[p] * sign for p in steps if p in found}, steps)
 
     # -- zeros --
 
@@ -437,6 +447,8 @@ def _gradients_at(
     """The gradients that a closure finds at other weights; weights and gradients are what they were afterwards."""
     values, grads = [(p, p.detach().clone()) for p in weights], [(p, p.grad) for p in params]
     try:
+        for p in params:
+            p.grad = None  # not to be zeroed, nor added to
         for p, value in weights.items():
             p.copy_(value)
         with torch.enable_grad():

@@ -4,8 +4,8 @@ Each is one function ``signal(weight, grad, step) -> h`` of float32 tensors of o
 
 - ``weight``: the dense weights x, as they were when the gradient was taken;
 - ``grad``: g, the gradient at the weights that the forward pass saw, dense also where a weight was dropped;
-- ``step``: γd, the last step of the base optimizer, old weights minus new ones; ``None`` unless the signal is in
-  :data:`READS_STEP`.
+- ``step``: γd, the last step of the base optimizer, old weights minus new ones, if the signal is in
+  :data:`READS_STEP`; of ``"lookahead"`` γg, the step that was tried; else ``None``.
 
 The mirror step lowers the importance where h is positive and raises it where h is negative. Only ratios matter: h is
 divided by its running mean absolute value.
@@ -30,8 +30,9 @@ Signal = Callable[[Tensor, Tensor, Any], Tensor]
 def hypergradient(weight: Tensor, grad: Tensor, step: Tensor) -> Tensor:
     r""":math:`h = -\gamma \, d \odot g`: the step just taken, times the gradient that it led to.
 
-    It is the derivative of L(x - w ⊙ γd) in w. ``"lookahead"`` takes the gradient on the batch of the step itself, as
-    the source does; ``"hypergradient"`` lets the next batch judge the step, which costs nothing and is noisier.
+    It is the derivative of L(x - w ⊙ γd) in w. ``"lookahead"`` is the source's own form: d is the gradient, and the
+    same batch is evaluated again at x - w ⊙ γd, under the same masks. ``"hypergradient"`` takes the last step of the
+    base for γd, and lets the next batch judge it, which costs nothing and is noisier.
 
     Source: A. V. Rebrikov, sparsification by weight importance, MIPT 2024; as in Baydin et al., Online learning rate
     adaptation with hypergradient descent, ICLR 2018.
@@ -59,16 +60,16 @@ def magnitude(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tensor:
 
 SIGNALS: dict[str, Signal] = {
     "saliency": saliency,
-    "lookahead": hypergradient,  # the same formula; the gradient is that of the step's own batch at x - w ⊙ γd
+    "lookahead": hypergradient,  # the same formula
     "hypergradient": hypergradient,
     "fisher": fisher,
     "magnitude": magnitude,
 }
 """Signals by name. ``"uniform"`` is not among them: it has no signal and keeps no importances."""
 
-READS_STEP = {"lookahead", "hypergradient"}
-"""Names of the signals that read the last step. ``"hypergradient"`` keeps it from one step to the next, 4 bytes a
-weight; add the name of your own signal if it reads ``step``."""
+READS_STEP = {"hypergradient"}
+"""Names of the signals that read the last step, which is kept from one step to the next, 4 bytes a weight; add the name
+of your own signal if it reads ``step``."""
 
 ELEMENTWISE: set[Signal] = set(SIGNALS.values())
 """Signals that may be taken of several tensors at once, or of parts of them. One of your own sees whole tensors."""

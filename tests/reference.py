@@ -132,7 +132,13 @@ class ReferenceImpact:
         grads = gradients([x * factor for x, factor in zip(old, factors, strict=True)])
         sign = -1.0 if o["maximize"] else 1.0
         zero = [(x == 0) & (i in self.members) & o["hold_zeros"] for i, x in enumerate(self.x)]
-        if o["importance"] == "hypergradient" and self.last:
+        if o["importance"] == "lookahead":
+            w = self.split(self.w())
+            taken = [sign * self.base.o["lr"] * g for g in grads]
+            tried = [x - w[i] * taken[i] if i in w else x for i, x in enumerate(old)]
+            again = gradients([x * factor for x, factor in zip(tried, factors, strict=True)])
+            self.mirror(-self.flat(taken) * sign * self.flat(again))
+        elif o["importance"] == "hypergradient" and self.last:
             self.mirror(-self.flat(self.last) * sign * self.flat(grads))
         elif o["importance"] == "saliency":
             self.mirror(-np.abs(self.flat(self.x) * self.flat(grads)))
@@ -143,11 +149,6 @@ class ReferenceImpact:
         for i, (g, factor) in enumerate(zip(grads, factors, strict=True)):
             self.x[i] = np.where(zero[i], 0.0, self.base(i, self.x[i], np.where(zero[i], 0.0, g * factor)))
         self.last = {i: x - new for i, (x, new) in enumerate(zip(old, self.x, strict=True))}
-        if o["importance"] == "lookahead":
-            w = self.split(self.w())
-            tried = [x - w[i] * self.last[i] if i in w else self.x[i] for i, x in enumerate(old)]
-            again = gradients([x * factor for x, factor in zip(tried, factors, strict=True)])
-            self.mirror(-self.flat(self.last) * sign * self.flat(again))
 
     def mirror(self, h):
         alive, eta, lam = self.alive(), self.o["importance_lr"], self.o["kl_weight"]

@@ -38,6 +38,7 @@ from impact_optim.experiments.data import (
 from impact_optim.experiments.models import MODELS, build_model, sine_cosine_positions
 from impact_optim.experiments.pruning import PrunedNetwork, Pruning, format_pruned_table, latency, parse_schedule
 from impact_optim.experiments.results import BITS, ResultsFolder, format_table, summarise, verdict
+from impact_optim.experiments.sparse import SparseFinish, erdos_renyi, layer_densities
 from impact_optim.experiments.training import Recipe, evaluate, expected_drop, train
 from impact_optim.pruning import LayerReport, PruneReport, load_pruned
 
@@ -464,7 +465,8 @@ def test_the_sparse_arms_drop_the_same_number_of_weights(digits):
     assert {size for _, size in seen.values()} == {weights}
     assert [seen.pop(arm)[0] for arm in DENSE_ARMS] == [{0}] * len(DENSE_ARMS)
     # A simplex per tensor has a budget per tensor, each rounded on its own.
-    assert seen.pop("saliency-tensor")[0] == {round(0.3 * 64 * 16) + round(0.3 * 16 * 16) + round(0.3 * 16 * 10)}
+    per_tensor = {round(0.3 * 64 * 16) + round(0.3 * 16 * 16) + round(0.3 * 16 * 10)}
+    assert [seen.pop(arm)[0] for arm in ("impacts", "impacts+regularization")] == [per_tensor] * 2
     assert {arm: counts for arm, (counts, _) in seen.items()} == {arm: {round(0.3 * weights)} for arm in seen}
 
 
@@ -598,6 +600,41 @@ def test_every_way_to_a_sparse_network_gets_there(digits, tmp_path):
     # The same ramp of the drop rate, then the most important weights and no masks.
     assert [line["sparsity"] for line in lines["saliency"]] == pytest.approx([*[0] * 6, 0.9, 0.9], abs=1e-3)
     assert [line["dropped"] for line in lines["saliency"]] == pytest.approx([*ramp[:6], 0, 0], abs=2e-3)
+
+
+def test_densities_go_with_the_sizes_of_layers_and_meet_the_total():
+    shapes = [(100, 100), (10, 100), (3, 2), (25, 25, 3)]
+    sizes = [10_000, 1000, 6, 1875]
+    densities = erdos_renyi(shapes, 0.3)
+    assert max(densities) <= 1
+    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(0.3 * sum(sizes))
+    assert densities[3] / densities[0] == pytest.approx((50 / 625) / (200 / 10_000))  # a kernel counts as one
+    most = [10_000, 1000, 6, 200]  # the others take over what a tensor has no room for
+    densities = erdos_renyi(shapes, 0.3, most)
+    assert densities[3] == 200 / 1875
+    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(0.3 * sum(sizes))
+
+
+@pytest.mark.parametrize("simplex", ["tensor", "group"])
+def test_a_simplex_of_each_tensor_or_of_all_ends_with_the_same_sparsity(simplex):
+    torch.manual_seed(0)
+    model = build_model("mlp", (1, 8, 8), 10, 16)
+    options = arm_options(["saliency"], COMMON, [f"simplex={simplex}"], to_be_sparse=True)["saliency"]
+    optimizer = build_optimizer("saliency", model, options, seed=0)
+    finish = SparseFinish(optimizer, "saliency", 0.9, epochs=4)
+    for epoch in range(4):
+        finish.before(epoch)
+        if epoch < 3:
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(20, 1, 8, 8)).square().mean().backward()
+                optimizer.step()
+            finish.after(epoch)
+    layers = layer_densities(model)
+    assert sum(layer.kept for layer in layers) == round(0.1 * sum(layer.numel for layer in layers))
+    if simplex == "tensor":
+        densities = erdos_renyi([p.shape for p in model.parameters() if p.dim() == 2], 0.1)
+        assert [layer.kept / layer.numel for layer in layers] == pytest.approx(densities, abs=5e-3)
 
 
 def test_a_run_keeps_what_is_left_of_its_layers(digits, tmp_path):
@@ -1089,7 +1126,6 @@ def test_ctrl_c_before_the_first_run_has_ended(tmp_path, capsys, monkeypatch):
         (["--final-sparsity", "0.9", "--epochs", "1"], "--final-sparsity needs two epochs"),
         (["--final-sparsity", "0.9", "--arms", "adamw"], "adamw cannot be made sparse"),
         (["--final-sparsity", "0.9", "--arms", "drop-important"], "arm drop-important cannot be made sparse"),
-        (["--final-sparsity", "0.995", "--arms", "fisher"], "arm fisher: target=0.995 keeps 0.005"),
         (["--final-sparsity", "0.9", "--prune", "31:0.2"], "let it cut after epoch 30 at the latest"),
     ],
 )

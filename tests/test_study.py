@@ -22,37 +22,6 @@ def study():
     torch.set_flush_denormal(False)  # a run sets it, for its process
 
 
-def test_rigl_keeps_its_sparsity_and_moves_its_connections():
-    from peers import RigL
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
-    optimizer = RigL(model, sparsity=0.8, steps=40, seed=0, every=10, lr=0.1, momentum=0.9)
-    weights = [model[0].weight, model[2].weight]
-    first = [w != 0 for w in weights]
-    counts = [int(mask.sum()) for mask in optimizer._masks.values()]
-    assert sum(counts) == pytest.approx(0.2 * sum(w.numel() for w in weights), abs=2)
-    assert counts[1] / weights[1].numel() > counts[0] / weights[0].numel()  # the smaller tensor is denser
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(torch.randn(16, 20)).square().mean().backward()
-        optimizer.step()
-        assert [int(mask.sum()) for mask in optimizer._masks.values()] == counts
-        for w, mask in optimizer._masks.items():
-            assert not w[~mask].any()
-    assert any(not torch.equal(mask, now) for mask, now in zip(first, optimizer._masks.values(), strict=True))
-
-
-def test_densities_meet_the_total_and_stay_below_one():
-    from peers import erk_densities
-
-    weights = [torch.zeros(shape) for shape in ((100, 100), (10, 100), (3, 2))]
-    densities = erk_densities(weights, 0.3)
-    assert max(densities) <= 1
-    kept = sum(d * w.numel() for d, w in zip(densities, weights, strict=True))
-    assert kept == pytest.approx(0.3 * sum(w.numel() for w in weights))
-
-
 def test_the_control_has_the_signals_values_on_other_weights():
     from peers import shuffled_saliency
 
@@ -65,7 +34,7 @@ def test_the_control_has_the_signals_values_on_other_weights():
 
 
 def test_along_the_gradient_or_the_step_is_the_same_without_momentum_and_masks():
-    from peers import GradientLookahead
+    from peers import StepLookahead
 
     from impact_optim import ImpactSGD
 
@@ -73,7 +42,7 @@ def test_along_the_gradient_or_the_step_is_the_same_without_momentum_and_masks()
 
     def importances(build, momentum):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+        model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False))
         options = {"importance": "lookahead", "importance_lr": 0.5, "kl_weight": 0.1, "drop_rate": 0.0}
         optimizer = build(model, lr=0.1, momentum=momentum, **options)
 
@@ -87,10 +56,10 @@ def test_along_the_gradient_or_the_step_is_the_same_without_momentum_and_masks()
             optimizer.step(closure)
         return optimizer.importance(model[0].weight)
 
-    along_gradient = importances(GradientLookahead, 0.0)
-    assert (along_gradient - 1).abs().max() > 0.1
-    torch.testing.assert_close(along_gradient, importances(ImpactSGD, 0.0))
-    assert not torch.allclose(importances(GradientLookahead, 0.9), importances(ImpactSGD, 0.9), atol=0.1)
+    along_step = importances(StepLookahead, 0.0)
+    assert (along_step - 1).abs().max() > 0.1
+    torch.testing.assert_close(along_step, importances(ImpactSGD, 0.0), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(importances(StepLookahead, 0.9), importances(ImpactSGD, 0.9), atol=0.1)
 
 
 def test_dropout_is_in_every_branch_and_only_in_training():

@@ -13,18 +13,6 @@ from runner import Arm, Plan, Question, Task
 MNIST1D_MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, lrs=(0.1, 0.2, 0.4))
 MNIST1D_CNN = Task("mnist1d-cnn", "mnist1d", "cnn", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2))
 DIGITS = Task("digits-mlp", "digits", "mlp", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2))
-FASHION_5K = Task(
-    "fashion5k-cnn",
-    "fashion-mnist",
-    "cnn",
-    epochs=12,
-    batch=100,
-    subset=5000,
-    precision="bfloat16",
-    lrs=(0.05, 0.1, 0.2),
-    drop_rates=(0.1, 0.3),
-    tuning_seeds=(0,),
-)
 # The source's experiment, ResNet-18 for 90 epochs, as wide and on as many images as time allows.
 RESNET = Task(
     "fashion-resnet18",
@@ -40,6 +28,8 @@ RESNET = Task(
 RESNET_TUNING = replace(
     RESNET, name="fashion-resnet18-tuning", epochs=30, tuning_seeds=(0,), test_seeds=(), tuned_on=None
 )
+# Ready to run; not run, for want of the data set.
+CIFAR10 = Task("cifar10-resnet18", "cifar10", "resnet18", 90, 128, width=64, precision="bfloat16", weight_decay=5e-4)
 VIT = Task(
     "fashion-vit",
     "fashion-mnist",
@@ -63,7 +53,7 @@ GPT = replace(
     weight_decay=0.1,
     measure="bits",
 )
-SMALL = [MNIST1D_MLP, MNIST1D_CNN, DIGITS, FASHION_5K]
+SMALL = [MNIST1D_MLP, MNIST1D_CNN, DIGITS]
 
 
 def named(tasks: list[Task]) -> tuple[str, ...]:
@@ -72,6 +62,7 @@ def named(tasks: list[Task]) -> tuple[str, ...]:
 
 # ------------------------------------------------------------------------------- which weights are dropped
 
+TWO = (0, 1)  # validation seeds, where a seed may be lost
 LONG = (0.02, 0.05, 0.1, 0.2, 0.4)  # of learning rates, for what the others are compared with
 BASELINES = [
     Arm("SGD", "baseline", lrs=LONG),
@@ -83,14 +74,14 @@ def at_rate(rate: float) -> list[Arm]:
     """Arms that drop as many weights as each other."""
     fixed: dict[str, Any] = {"drop_rates": (rate,)}
     arms = [
-        Arm("uniform", "dropconnect", **fixed, lrs=LONG),
+        Arm("uniform", "dropconnect", **fixed, lrs=LONG, tuning_seeds=TWO if rate == 0.3 else None),
         Arm("saliency", "saliency", **fixed),
         Arm("magnitude", "magnitude", **fixed),
     ]
     if rate != 0.3:
         return arms
     shuffled = {"importance": "saliency-shuffled"}
-    return [*arms, Arm("fisher", "fisher", **fixed), Arm("saliency, shuffled", "saliency", shuffled, **fixed)]
+    return [*arms, Arm("saliency, shuffled", "saliency", shuffled, **fixed)]
 
 
 BEST = [
@@ -105,19 +96,18 @@ BEST = [
 
 def source(name: str, signal: str, simplex: str, kl_weight: float, **options: Any) -> Arm:
     """An arm of the source: a signal, what shares a simplex, and the KL weight, at a drop rate of 0.3."""
-    base = "lookahead-gradient" if signal == "lookahead, gradient" else "lookahead"
+    base = "lookahead-step" if signal == "lookahead along the step" else "lookahead"
     importance = "hypergradient" if signal == "hypergradient" else "lookahead"
     lrs = options.pop("lrs", (0.05, 0.1, 0.2))
     given = {"importance": importance, "simplex": simplex, "kl_weight": kl_weight, **options}
-    return Arm(name, base, given, (0.3,), lrs=lrs)
+    return Arm(name, base, given, (0.3,), lrs=lrs, tuning_seeds=TWO)
 
 
-SIGNALS = ("lookahead", "lookahead, gradient", "hypergradient")
 SOURCE = [
-    Arm("uniform", "dropconnect", drop_rates=(0.3,), lrs=LONG),
+    Arm("uniform", "dropconnect", drop_rates=(0.3,), lrs=LONG, tuning_seeds=TWO),
     *(
         source(f"{signal}: per {simplex}, λ = {kl_weight:g}", signal, simplex, kl_weight)
-        for signal in SIGNALS
+        for signal in ("lookahead", "lookahead along the step", "hypergradient")
         for simplex in ("tensor", "group")
         for kl_weight in (0.0, 1.0)
     ),
@@ -168,15 +158,15 @@ SETTINGS = [
 QUESTIONS = [
     Question("baselines", BASELINES, named(SMALL)),
     Question("equal-0.3", at_rate(0.3), named(SMALL)),
-    *(Question(f"equal-{rate}", at_rate(rate), named([MNIST1D_MLP, DIGITS])) for rate in (0.1, 0.5)),
+    *(Question(f"equal-{rate}", at_rate(rate), named([MNIST1D_MLP])) for rate in (0.1, 0.5)),
     Question("source", SOURCE, named([MNIST1D_MLP])),
-    Question("source-tensor", PER_TENSOR, named([MNIST1D_MLP, MNIST1D_CNN, FASHION_5K])),
+    Question("source-tensor", PER_TENSOR, named([MNIST1D_MLP, MNIST1D_CNN])),
     Question("source-rescale", WITHOUT_RESCALING, named([MNIST1D_MLP])),
     Question("source-momentum", WITHOUT_MOMENTUM, named([MNIST1D_MLP])),
-    Question("source-resnet", RESNET_ARMS, named([RESNET_TUNING, RESNET])),
+    Question("source-resnet", RESNET_ARMS, named([RESNET_TUNING, RESNET, CIFAR10])),
     Question("transformers", TRANSFORMERS, named([VIT, GPT])),
     Question("transformers-sparse", SPARSE_TRANSFORMERS, named([VIT, GPT])),
     Question("transformers-settings", SETTINGS, named([VIT, GPT]), tested=False),
     Question("best", BEST, named(SMALL)),
 ]
-PLAN = Plan([*SMALL, RESNET_TUNING, RESNET, VIT, GPT], QUESTIONS, Path(__file__).parent / "results.jsonl")
+PLAN = Plan([*SMALL, RESNET_TUNING, RESNET, CIFAR10, VIT, GPT], QUESTIONS, Path(__file__).parent / "results.jsonl")

@@ -5,7 +5,7 @@ python benchmarks/study/run.py --questions equal-0.3 best --tasks digits-mlp
 python benchmarks/study/report.py                  # docs/results.md and its pictures
 """
 
-from plan import PLAN
+from plan import CIFAR10, PLAN
 
 if __name__ == "__main__":
-    PLAN.main(__doc__)
+    PLAN.main(__doc__, unasked=(CIFAR10.name,))

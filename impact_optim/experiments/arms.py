@@ -20,11 +20,11 @@ ARMS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     ADAMW: {},
     "dropconnect": {"importance": "uniform"},
-    "impacts": {"importance": "hypergradient", "kl_weight": 0.0},
-    "impacts+regularization": {"importance": "hypergradient"},
+    "impacts": {"importance": "lookahead", "simplex": "tensor", "kl_weight": 0.0},
+    "impacts+regularization": {"importance": "lookahead", "simplex": "tensor", "kl_weight": 1.0},
     "lookahead": {"importance": "lookahead"},
+    "hypergradient": {"importance": "hypergradient"},
     "saliency": {"importance": "saliency"},
-    "saliency-tensor": {"importance": "saliency", "simplex": "tensor"},
     "fisher": {"importance": "fisher"},
     "magnitude": {"importance": "magnitude"},
     "drop-important": {"importance": "saliency", "drop": "important"},
@@ -32,16 +32,18 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Arms by name: the options of :class:`Impact` that make the arm what it is.
 
+``impacts`` are the source's own, without and with KL: the loss of the same batch after the step, a simplex per tensor.
 ``baseline`` is the base alone, one of :data:`BASES`, and ``adamw`` is ``torch.optim.AdamW`` whatever the base;
 ``gradual-magnitude`` is the base that loses its smallest weights on the way to a final sparsity, and the same as
 ``baseline`` without one.
 """
 
 DEFAULT_ARMS = ("baseline", "dropconnect", "impacts", "impacts+regularization")
-"""The four that the study compares."""
+"""The four that the source compares."""
 
 # Masks that come to 0 and 1 on the way to a sparse network: importances that spread, and weights that are not enlarged.
-_RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.3}
+# In one simplex for all, the first layer of an MLP would take more than half of what is left, and do worse by it.
+RAMPED = {"rescale": "none", "importance_lr": 0.03, "kl_weight": 0.5, "simplex": "tensor"}
 SGD = "sgd"
 Masked = ImpactSGD | ImpactAdamW
 BASES: dict[str, tuple[type[Optimizer], type[Masked]]] = {
@@ -73,7 +75,7 @@ def arm_options(
         common: options for all arms, such as ``{"lr": 0.1}``; ``"base"`` is one of :data:`BASES`, by default SGD.
         overrides: ``"OPTION=VALUE"`` for all arms, ``"ARM.OPTION=VALUE"`` for one.
         to_be_sparse: whether the arms are given a final sparsity. Those with importances then begin from options that
-            suit a ramp of the drop rate: ``rescale="none"``, and importances that spread further.
+            suit a ramp of the drop rate: ``rescale="none"``, importances that spread further, and a simplex per tensor.
 
     Raises:
         ValueError: an unknown arm or option, or a value that the optimizer does not take.
@@ -99,7 +101,7 @@ def arm_options(
         (for_one[arm] if dot else for_all)[name] = _value(text)
     ramped = [arm for arm in arms if to_be_sparse and ARMS[arm].get("importance", "uniform") != "uniform"]
     options = {
-        arm: {**common, **(_RAMPED if arm in ramped else {}), **for_all, **ARMS[arm], **for_one[arm]} for arm in arms
+        arm: {**common, **(RAMPED if arm in ramped else {}), **for_all, **ARMS[arm], **for_one[arm]} for arm in arms
     }
     base = common.get("base", SGD)
     for arm, given in options.items():

@@ -26,16 +26,14 @@ from .arms import (
     LEARNING_RATES,
     SETTABLE,
     SGD,
-    Masked,
     arm_options,
-    build_optimizer,
 )
 from .data import DATA, Data, batch_count, load_data
 from .models import MODELS, build_model
 from .pruning import Pruning, build_pruner, parse_schedule
 from .report import Curves, write_report
 from .results import ACCURACY, BITS, Line, Measure, ResultsFolder
-from .sparse import RAMP, CannotBeSparse, SparseFinish, ramp_epochs
+from .sparse import RAMP, CannotBeSparse, ramp_epochs
 from .training import DROP_SCHEDULES, PRECISIONS, SCHEDULES, Recipe, train
 
 PROGRAM = "impact-optim"
@@ -256,14 +254,6 @@ def _prepare(args: argparse.Namespace) -> Study:
     common |= {"lr": LEARNING_RATES[args.optimizer] if args.lr is None else args.lr, "base": args.optimizer}
     to_be_sparse = recipe.final_sparsity is not None
     arms = arm_options(list(dict.fromkeys(args.arms)), common, args.set, to_be_sparse=to_be_sparse)
-    if recipe.final_sparsity is not None:
-        for arm, options in arms.items():  # what does not fit shows now
-            optimizer = build_optimizer(arm, nn.Linear(2, 2), options, seed=0)
-            assert isinstance(optimizer, Masked)
-            try:
-                SparseFinish(optimizer, arm, recipe.final_sparsity, recipe.epochs)
-            except ValueError as error:
-                raise ValueError(f"arm {arm}: {error}") from error
     if args.tensorboard and not _has("tensorboard"):
         raise ImportError("--tensorboard needs tensorboard, which is not installed: pip install tensorboard")
     progress = sys.stderr.isatty() if args.progress is None else args.progress

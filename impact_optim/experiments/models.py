@@ -1,4 +1,4 @@
-"""The networks of the study: MLP, small CNN, ResNet-18 in its CIFAR form, small vision transformer, small GPT.
+"""The networks of the study: perceptrons, a small CNN, ResNet-18 for CIFAR, a small vision transformer and GPT.
 
 Inputs have shape ``(batch, channels, *spatial)``, with one spatial dimension for signals and two for images. Those of
 the GPT are tokens of a text, of shape ``(batch, length)``.
@@ -22,8 +22,8 @@ def build_model(name: str, shape: Sequence[int], classes: int, width: int | None
         name: one of :data:`MODELS`.
         shape: of one input, ``(channels, length)``, ``(channels, height, width)`` or, of a text, ``(length,)``.
         classes: number of logits; of a text, also of different tokens.
-        width: hidden units (mlp), channels (cnn, resnet18: those of the first stage), embedding size (vit, gpt);
-            the network's own default if ``None``.
+        width: hidden units (mlp, lenet-300-100), channels (cnn, resnet18: those of the first stage), embedding size
+            (vit, gpt); the network's own default if ``None``.
 
     Raises:
         ValueError: no such network, it cannot take inputs of this shape, or the width does not fit it.
@@ -51,6 +51,22 @@ class MLP(nn.Sequential):
             "hidden2": nn.Linear(width, width),
             "relu2": nn.ReLU(),
             "head": nn.Linear(width, classes),
+        }
+        super().__init__(OrderedDict(layers))
+
+
+class LeNet300100(nn.Sequential):
+    """The perceptron of LeCun et al. 1998, with ReLU: ``width`` hidden units (300), and then a third as many."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, width: int | None = None) -> None:
+        width = width or 300
+        layers: dict[str, nn.Module] = {
+            "flatten": nn.Flatten(),
+            "hidden1": nn.Linear(math.prod(shape), width),
+            "relu1": nn.ReLU(),
+            "hidden2": nn.Linear(width, max(1, width // 3)),
+            "relu2": nn.ReLU(),
+            "head": nn.Linear(max(1, width // 3), classes),
         }
         super().__init__(OrderedDict(layers))
 
@@ -209,6 +225,7 @@ def sine_cosine_positions(sizes: Sequence[int], width: int) -> Tensor:
 
 MODELS: dict[str, Callable[[tuple[int, ...], int, int | None], nn.Module]] = {
     "mlp": MLP,
+    "lenet-300-100": LeNet300100,
     "cnn": CNN,
     "resnet18": ResNet18,
     "vit": ViT,

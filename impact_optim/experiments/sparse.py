@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..drop_rate import DropRateScheduler
 from ..pruning import ramp
@@ -28,6 +29,8 @@ class SparseFinish:
     """Makes a network sparse in one training run, the way of its arm.
 
     - Arms that drop by importance ramp their drop rate up to the sparsity, and keep the most important weights then.
+      Parameter groups share the sparsity as :func:`erdos_renyi` has it: importances are of one group, and say nothing
+      about another. A ``keep_floor`` is lowered to a tenth of that at most.
     - ``gradual-magnitude`` removes the smallest weights before every epoch of the same ramp (Zhu & Gupta, 2017).
     - Arms without importances are cut to their largest weights after the last epoch.
 
@@ -45,7 +48,11 @@ class SparseFinish:
         self._shares = ramp(sparsity, start=0, end=self._ramp) if arm == GRADUAL else {}
         self._scheduler = None
         if options["importance"] != "uniform" and options["drop_rate"] > 0:
-            self._scheduler = DropRateScheduler(optimizer, sparsity, self._ramp, start=0.0, shape="cubic")
+            targets = [1 - density for _, density in self._group_densities()]
+            for group, target in zip(optimizer.param_groups, targets, strict=True):
+                # Where little is left, chance must not take most of it.
+                group["keep_floor"] = min(group["keep_floor"], 0.1 * (1 - target))
+            self._scheduler = DropRateScheduler(optimizer, targets, self._ramp, start=0.0, shape="cubic")
 
     def before(self, epoch: int) -> None:
         """What comes before an epoch, counted from 0.
@@ -54,7 +61,13 @@ class SparseFinish:
             CannotBeSparse: nothing would be left of a layer.
         """
         if self._scheduler is not None and epoch == self._ramp:
-            self._sparsify(self._sparsity, by="importance")
+            exact, rounded = 0.0, 0
+            for weights, density in self._group_densities():
+                numel = sum(p.numel() for p in weights)
+                exact += density * numel
+                count, rounded = round(exact) - rounded, round(exact)  # so that what is rounded does not add up
+                if weights:
+                    self._sparsify(1 - count / numel, by="importance", params=weights)
         if epoch in self._shares:
             # A cut of units may have left a larger share of zeros, which do not come back.
             self._sparsify(max(self._shares[epoch], self._pruned_share()), by="magnitude")
@@ -76,14 +89,28 @@ class SparseFinish:
         """
         self._sparsify(self._sparsity, by="magnitude")
 
+    def _group_densities(self) -> list[tuple[list[Tensor], float]]:
+        """The weights of each parameter group, and which share of them is to be left."""
+        self._optimizer._refresh()
+        simplexes = list(self._optimizer._all())
+        weights = [p for simplex in simplexes for p in simplex.members]
+        living = [p.numel() - int(simplex.held(p).sum()) for simplex in simplexes for p in simplex.members]
+        densities = erdos_renyi([p.shape for p in weights], 1 - self._sparsity, living)
+        kept = {p: density * p.numel() for p, density in zip(weights, densities, strict=True)}
+        found = []
+        for members in (simplex.members for simplex in simplexes):
+            numel = sum(p.numel() for p in members)
+            found.append((members, sum(kept[p] for p in members) / numel if members else 1.0))
+        return found
+
     def _pruned_share(self) -> float:
         groups = [group for group in self._optimizer.param_groups if group["hold_zeros"]]
         pruned = sum(int((p == 0).sum()) for group in groups for p in group["params"] if p.dim() >= 2)
         return pruned / sum(row.numel for row in self._optimizer.importance_summary())
 
-    def _sparsify(self, sparsity: float, by: str) -> None:
+    def _sparsify(self, sparsity: float, by: str, params: list[Tensor] | None = None) -> None:
         try:
-            self._optimizer.sparsify(sparsity, by=by)
+            self._optimizer.sparsify(sparsity, by=by, params=params)
         except ValueError as error:
             raise CannotBeSparse(f"the weights cannot be made this sparse: {error}") from error
 
@@ -93,6 +120,37 @@ class SparseFinish:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state_dict)
+
+
+def erdos_renyi(shapes: Sequence[Sequence[int]], density: float, most: Sequence[int] | None = None) -> list[float]:
+    """Densities of layers that go with (inputs + outputs) / (inputs · outputs): small layers keep a larger share.
+
+    A kernel is one connection, of as many weights. In the form that counts its sizes as well (ERK), small convolutions
+    at the input lose too much.
+
+    Args:
+        shapes: of the tensors.
+        density: of all weights together.
+        most: how many weights each can keep; by default all.
+
+    Source: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018.
+
+    Example:
+        >>> [round(d, 2) for d in erdos_renyi([(100, 100), (10, 100)], 0.1)]
+        [0.07, 0.38]
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    most = sizes if most is None else most
+    raw = [(shape[0] + shape[1]) / (shape[0] * shape[1]) for shape in shapes]
+    full: set[int] = set()
+    while True:
+        rest = [i for i in range(len(sizes)) if i not in full]
+        left = density * sum(sizes) - sum(most[i] for i in full)
+        scale = left / sum(raw[i] * sizes[i] for i in rest) if rest else 0.0
+        over = {i for i in rest if scale * raw[i] * sizes[i] > most[i]}
+        if not over:
+            return [max(0.0, scale * raw[i]) if i in rest else most[i] / sizes[i] for i in range(len(sizes))]
+        full |= over
 
 
 class LayerDensity(NamedTuple):

@@ -1,0 +1,68 @@
+"""What the benchmark of sparse training trains: tasks, methods and sparsities."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from runner import Arm, Plan, Question, Task
+
+from impact_optim.experiments.arms import RAMPED
+
+FIVE, THREE = tuple(range(100, 105)), tuple(range(100, 103))
+MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=FIVE)
+CNN = Task("mnist1d-cnn", "mnist1d", "cnn", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=FIVE)
+LENET = Task(
+    "fashion-lenet", "fashion-mnist", "lenet-300-100", epochs=8, batch=100, tuning_seeds=(0,), test_seeds=THREE
+)
+TASKS = [MLP, CNN, LENET]
+SPARSITIES = {MLP.name: (0.8, 0.9, 0.95, 0.98), CNN.name: (0.8, 0.9, 0.95, 0.98), LENET.name: (0.9, 0.95, 0.98)}
+TUNED_AT = 0.9
+
+# Every method has four points to be tuned at: four learning rates, or two and two values of an option.
+FOUR_LRS = {MLP.name: (0.1, 0.2, 0.3, 0.4), CNN.name: (0.05, 0.1, 0.2, 0.3), LENET.name: (0.03, 0.05, 0.1, 0.2)}
+TWO_LRS = {MLP.name: (0.2, 0.4), CNN.name: (0.1, 0.2), LENET.name: (0.05, 0.1)}
+
+
+def dense(task: Task) -> Arm:
+    return Arm("dense", "baseline", lrs=FOUR_LRS[task.name])
+
+
+def methods(task: Task, sparsity: float) -> list[Arm]:
+    """All that make the network of a task sparse; at other sparsities with what did best at 90%."""
+    four, two = FOUR_LRS[task.name], TWO_LRS[task.name]
+    every = {"every": (25, 100)}
+    arms = [
+        Arm("one-shot magnitude", "one-shot-magnitude", lrs=four),
+        Arm("gradual magnitude", "gradual-magnitude", lrs=four),
+        Arm("targeted dropout", "targeted-dropout", lrs=two, tune={"alpha": (0.9, 0.99)}),
+        Arm("static random", "static", lrs=four),
+        Arm("SET", "set", lrs=two, tune=every),
+        Arm("RigL", "rigl", lrs=two, tune=every),
+        Arm("ours", "saliency", dict(RAMPED), (0.1,), lrs=four),  # the ramp moves the drop rate
+    ]
+    if task == LENET:  # a threshold for every unit at every step takes three times as long as the rest of it
+        arms = [arm for arm in arms if arm.name != "targeted dropout"]
+
+    def tuned_as(arm: Arm) -> tuple[str, str] | None:
+        return None if sparsity == TUNED_AT else (question_of(task, TUNED_AT), arm.name)
+
+    return [replace(arm, sparsity=sparsity, tuned_as=tuned_as(arm)) for arm in arms]
+
+
+def question_of(task: Task, sparsity: float | None) -> str:
+    return f"{task.name}-dense" if sparsity is None else f"{task.name}-{sparsity:g}"
+
+
+QUESTIONS = [
+    *(Question(question_of(task, None), [dense(task)], (task.name,)) for task in TASKS),
+    *(
+        Question(question_of(task, sparsity), methods(task, sparsity), (task.name,))
+        for sparsity in (0.9, 0.95, 0.98, 0.8)
+        for task in TASKS
+        if sparsity in SPARSITIES[task.name]
+    ),
+]
+PLAN = Plan(TASKS, QUESTIONS, Path(__file__).parent / "results.jsonl")

@@ -1,0 +1,202 @@
+"""Fills the tables of docs/tiny_sparse.md and draws its picture, from results.jsonl alone.
+
+    python benchmarks/tiny_sparse/report.py
+
+The page keeps its words; what stands between `<!-- table NAME -->` and `<!-- end -->` is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from plan import CNN, LENET, MLP, PLAN, SPARSITIES, TASKS, TUNED_AT, dense, methods
+from runner import Arm, Task, measured
+from tables import difference, filled, markdown, shown, signed
+from torch import Tensor, nn
+
+from impact_optim.experiments.models import build_model
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "tiny_sparse.md"
+TITLES = {MLP.name: "MNIST-1D, MLP", CNN.name: "MNIST-1D, CNN", LENET.name: "Fashion-MNIST, LeNet-300-100"}
+SHAPES = {MLP.name: (1, 40), CNN.name: (1, 40), LENET.name: (1, 28, 28)}
+MISSING = "–"
+
+
+def values(task: Task, arm: Arm) -> list[float]:
+    """The test accuracies in % in the order of the seeds; empty before all are there."""
+    return [measured(task, run) for run in PLAN.tests(task, arm)]
+
+
+def percent(sparsity: float) -> str:
+    return f"{100 * sparsity:g}%"
+
+
+def by_sparsity(task: Task, cell: Callable[[float, int], str], of: list[int]) -> list[list[str]]:
+    """A row for each of some methods, a column for each sparsity."""
+    arms, levels = methods(task, TUNED_AT), SPARSITIES[task.name]
+    rows = [["method", *(f"{percent(s)} zeros" for s in levels)]]
+    return rows + [[arms[i].name, *(cell(s, i) for s in levels)] for i in of]
+
+
+def accuracy(task: Task) -> str:
+    def cell(sparsity: float, i: int) -> str:
+        found = values(task, methods(task, sparsity)[i])
+        return shown(found) if found else MISSING
+
+    found = values(task, dense(task))
+    table = by_sparsity(task, cell, list(range(len(methods(task, TUNED_AT)))))
+    table.insert(1, ["dense", *[shown(found) if found else MISSING] * len(SPARSITIES[task.name])])
+    return markdown(table)
+
+
+def differences(task: Task) -> str:
+    """Ours less each peer; all intervals of the table together hold at 95%."""
+    peers = list(range(len(methods(task, TUNED_AT)) - 1))
+
+    def cell(sparsity: float, i: int) -> str:
+        ours, peer = (values(task, methods(task, sparsity)[j]) for j in (-1, i))
+        return signed(*difference(ours, peer, len(peers) * len(SPARSITIES[task.name]))) if ours and peer else MISSING
+
+    return markdown(by_sparsity(task, cell, peers))
+
+
+def places(task: Task) -> dict[str, int]:
+    """How often a forward pass of one input uses each weight, by the name of its tensor."""
+    model, found = build_model(task.model, SHAPES[task.name], 10), {}
+
+    def note(name: str, module: nn.Module, inputs: object, output: Tensor) -> None:
+        found[f"{name}.weight"] = output.numel() // output.shape[1]
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            module.register_forward_hook(partial(note, name))
+    model(torch.zeros(1, *SHAPES[task.name]))
+    return found
+
+
+def costs(task: Task) -> str:
+    """What is left of the network, and what a run takes, at 90% zeros."""
+    used = places(task)
+    table = [["method", "zeros", "multiply-adds, dense", "of nonzero weights", "CPU seconds of a run"]]
+    for arm in [dense(task), *methods(task, TUNED_AT)]:
+        if runs := PLAN.tests(task, arm):
+            whole = sum(used[name] * numel for name, (numel, _) in runs[0]["layers"].items())
+            left = fmean(sum(used[name] * kept for name, (_, kept) in run["layers"].items()) for run in runs)
+            zeros = 100 * fmean(run["sparsity"] for run in runs)
+            seconds = shown([run["cpu_seconds"] for run in runs])
+            table.append([arm.name, f"{zeros:.1f}%", f"{whole:,}", f"{left:,.0f}", seconds])
+    return markdown(table)
+
+
+def chosen() -> str:
+    """What the tuning has chosen, and what that reached on the validation split."""
+    table = [["method", *(TITLES[task.name] for task in TASKS)]]
+    for name in ["dense", *(arm.name for arm in methods(MLP, TUNED_AT))]:
+        row = [name]
+        for task in TASKS:
+            arms = {arm.name: arm for arm in [dense(task), *methods(task, TUNED_AT)]}
+            scores = PLAN.validated(task, arms[name]) if name in arms else None
+            if scores is None:
+                row.append(MISSING)
+                continue
+            score, point = max(scores, key=lambda each: each[0])
+            options = "".join(f", {option} {value:g}" for option, value in point["options"].items())
+            row.append(f"lr {point['lr']:g}{options}: {score:.1f}")
+        table.append(row)
+    return markdown(table)
+
+
+TRIED = {
+    "gradual": "gradual magnitude",
+    "default": "before: one simplex, λ = 0.3",
+    "floor0": "no floor on the keep probabilities",
+    "ramp05": "the ramp over half of the epochs",
+    "expected": 'the cut by="expected"',
+    "kl1": "λ = 1",
+    "half-kl.5": "signal over the root of its tensor's mean, λ = 0.5",
+    "tensor": "a simplex per tensor, the same drop rate for all",
+    "tensor-kl1": "the same, λ = 1",
+    "halferk": "a simplex per tensor, half-way to ERK",
+    "erk": "a simplex per tensor, ERK (MLP: also ER)",
+    "erk-kl1": "the same, λ = 1",
+    "er": "a simplex per tensor, ER",
+    "er-kl.5": "the same, λ = 0.5",
+    "er-kl1": "the same, λ = 1",
+    "final": "as it is now: λ = 0.5, the floor a tenth of what is left at most",
+}
+"""What was tried to make ours better, by its name in tried.jsonl."""
+
+
+def tried() -> str:
+    """Validation accuracies, mean over the seeds."""
+    lines = [json.loads(line) for line in Path(__file__).with_name("tried.jsonl").read_text().splitlines()]
+    table = [["tried", TITLES[MLP.name], TITLES[CNN.name]]]
+    for name, title in TRIED.items():
+        row = [title]
+        for task in (MLP, CNN):
+            found = [
+                each["validation_accuracy"] for each in lines if (each["tried"], each["task"]) == (name, task.name)
+            ]
+            row.append(f"{fmean(found):.1f} ({len(found)})" if found else "")
+        table.append(row)
+    return markdown(table)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"accuracy-{task.name}": partial(accuracy, task) for task in TASKS},
+    **{f"differences-{task.name}": partial(differences, task) for task in TASKS},
+    **{f"costs-{task.name}": partial(costs, task) for task in TASKS},
+    "chosen": chosen,
+    "tried": tried,
+}
+
+
+def draw() -> None:
+    """Accuracy against sparsity, a panel for each task that is there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    from impact_optim.plots import arm_colors
+
+    names = [arm.name for arm in methods(MLP, TUNED_AT)]
+    colors = arm_colors(names)
+    tasks = [task for task in TASKS if values(task, dense(task))]
+    figure = Figure(figsize=(3.4 * len(tasks) + 1.8, 3.4), layout="constrained")
+    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        levels = SPARSITIES[task.name]
+        for i, arm in enumerate(methods(task, TUNED_AT)):
+            found = [(s, values(task, methods(task, s)[i])) for s in levels]
+            found = [(k, v) for k, (_, v) in enumerate(found) if v]
+            ax.errorbar(
+                [k for k, _ in found],
+                [fmean(v) for _, v in found],
+                yerr=[stdev(v) for _, v in found],
+                label=arm.name,
+                color=colors[arm.name],
+                linestyle="-" if arm.name == "ours" else "--",
+                marker="o",
+                markersize=4,
+                capsize=2,
+            )
+        ax.axhline(fmean(values(task, dense(task))), color="0.6", linestyle=":", label="dense")
+        ax.set_xticks(range(len(levels)), [percent(s) for s in levels])
+        ax.set_xlabel("zero weights")
+        ax.set_title(TITLES[task.name], fontsize=9)
+        ax.grid(color="0.9")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("test accuracy (%)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(ROOT / "docs" / "images" / "tiny_sparse.png", dpi=130)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(), TABLES))
+    draw()
