@@ -29,13 +29,13 @@ class Pruning:
     Args:
         schedule: epoch -> fraction removed by then.
         criterion: a name in :data:`~impact_optim.pruning.CRITERIA`.
-        target: what the fractions are of, ``"units"`` or ``"macs"``.
+        target: what the fractions are of, ``"macs"``, ``"params"`` or ``"units"``.
         split: how the budget is spread over layers.
     """
 
     schedule: Mapping[int, float]
     criterion: str = "entropy"
-    target: str = "units"
+    target: str = "macs"
     split: str = "uniform"
 
 
@@ -109,6 +109,8 @@ def build_pruner(
         optimizer=optimizer,
         target=pruning.target,
         split=pruning.split,
+        round_to=8,  # as in the study
+        max_ratio=1.0,
         every=min(8, max(1, steps // _RECORDED)),  # a small set has few passes to spare
         seed=seed,
     )
