@@ -179,7 +179,8 @@ def test_how_much_and_by_when_is_the_recipe_that_was_measured():
     pruner = ActivationPruner(model, X[:1], remove=0.5, by=14)
     assert pruner.schedule == {t: 0.5 * (1 - (1 - (t - 2) / 12) ** 3) for t in range(3, 15)}
     budget = pruner.budget
-    assert (pruner.criterion, budget.target, budget.split) == ("entropy", "macs", "uniform")
+    assert (pruner.criterion, budget.target, budget.split) == ("rademacher", "macs", "rademacher")
+    assert ActivationPruner(model, X[:1], 0.5, by=14, criterion="l1").budget.split == "uniform"
     assert (budget.round_to, budget.max_ratio, pruner.statistics.every) == (1, 0.9, 8)
     assert list(ActivationPruner(model, X[:1], 0.3, by=1).schedule.items()) == [(1, 0.3)]
 
@@ -188,7 +189,17 @@ def test_how_much_and_by_when_is_the_recipe_that_was_measured():
 def test_half_of_them_is_gone_little_by_little(target):
     model = network()
     optimizer = sgd(model)
-    pruner = ActivationPruner(model, X[:1], remove=0.5, by=4, target=target, optimizer=optimizer, every=1)
+    pruner = ActivationPruner(
+        model,
+        X[:1],
+        remove=0.5,
+        by=4,
+        criterion="entropy",
+        split="uniform",
+        target=target,
+        optimizer=optimizer,
+        every=1,
+    )
     reports = []
     for i in range(6):
         epoch(model, optimizer, i)

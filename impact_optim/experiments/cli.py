@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what the shares are of: multiply-accumulates, parameters or units (%(default)s)",
     )
     cuts.add_argument(
-        "--prune-split", choices=SPLITS, default=Pruning.split, help="of the cuts over layers (%(default)s)"
+        "--prune-split", choices=SPLITS, help="of the cuts over layers (rademacher, or uniform without activations)"
     )
 
     where = parser.add_argument_group("where, and what to write")

@@ -34,9 +34,9 @@ class Pruning:
     """
 
     schedule: Mapping[int, float]
-    criterion: str = "entropy"
+    criterion: str = "rademacher"
     target: str = "macs"
-    split: str = "uniform"
+    split: str | None = None
 
 
 class PrunedNetwork(NamedTuple):
@@ -109,8 +109,6 @@ def build_pruner(
         optimizer=optimizer,
         target=pruning.target,
         split=pruning.split,
-        round_to=8,  # as in the study
-        max_ratio=1.0,
         every=min(8, max(1, steps // _RECORDED)),  # a small set has few passes to spare
         seed=seed,
     )
