@@ -14,7 +14,7 @@ demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones:
 		--arms baseline dropconnect impacts impacts+regularization saliency \
 		--lr 0.1 --set baseline.lr=0.05 --set impacts.lr=0.05 --set saliency.lr=0.2
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --model cnn --epochs 20 --threads 1 \
-		--out runs/demo-pruned --arms baseline saliency --prune 8:0.3,14:0.5 --prune-target macs
+		--out runs/demo-pruned --arms baseline saliency --prune 8:0.3,14:0.5
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --lr 0.1 --threads 1 --out runs/demo-sparse \
 		--arms baseline gradual-magnitude saliency --set saliency.lr=0.2 --final-sparsity 0.9
 

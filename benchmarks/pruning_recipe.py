@@ -68,8 +68,8 @@ from impact_optim.experiments.data import Data, load_data
 from impact_optim.experiments.models import build_model
 from impact_optim.experiments.training import evaluate
 from impact_optim.pruning import ActivationPruner, Plan, UnitGroup, ramp
-from impact_optim.pruning.budget import Budget, Scores
-from impact_optim.pruning.criteria import CRITERIA, SPLITS, Context, Criterion, mean_over_places
+from impact_optim.pruning.budget import SPLITS, Budget, Scores
+from impact_optim.pruning.criteria import CRITERIA, Context, Criterion, mean_over_places
 from impact_optim.pruning.report import model_size
 from impact_optim.pruning.statistics import UnitStatistics
 
@@ -138,7 +138,12 @@ class Arm:
         form = re.fullmatch(r"(cubic|linear)(\d+)-(\d+)(?:x(\d+))?", self.schedule)
         if not form:
             raise ValueError(f"cannot read the schedule {self.schedule!r}")
-        return ramp(self.removed, start=int(form[2]), end=int(form[3]), frequency=int(form[4] or 1), shape=form[1])
+        start, end, every = int(form[2]), int(form[3]), int(form[4] or 1)
+        cuts = [*range(start + every, end, every), end]
+        if form[1] == "cubic":
+            whole = ramp(self.removed, start=start, end=end)
+            return {epoch: whole[epoch] for epoch in cuts}
+        return {epoch: self.removed * (epoch - start) / (end - start) for epoch in cuts}
 
 
 def read_arm(text: str, args: argparse.Namespace) -> Arm:
@@ -258,29 +263,18 @@ OUR_SPLITS = ("share", "percost")
 
 
 class RecipeBudget(Budget):
-    """What is tried here and not in the package: two more splits, and fractions of the parameters.
+    """What is tried here and not in the package: two more splits.
 
     ``"share"``: units of all layers stand in one line by their share of their layer's scores. ``"percost"``: by that
     over the MACs (or parameters, whichever is the target) which go with one unit of the layer.
     """
 
-    our_split, of = "", ""
+    our_split = ""
 
     def plan(self, fraction: float, scores: Scores) -> Plan:
         if self.our_split:
             self._cost = self._costs(scores.values) if self.our_split == "percost" else {}
-        if self.of == "macs":
-            return super().plan(fraction, scores)
-        wanted = (1 - fraction) * self.original_parameters
-        low, high = 0.0, 1.0
-        best: tuple[float, Plan] = (self.size.parameters[""] - wanted, self.graph.plan({}))
-        for _ in range(12):
-            asked = (low + high) / 2
-            plan = self.lowest(asked, scores)
-            left = self.size_with(plan).parameters[""]
-            best = min(best, (abs(left - wanted), plan), key=lambda pair: pair[0])
-            low, high = (asked, high) if left > wanted else (low, asked)
-        return best[1]
+        return super().plan(fraction, scores)
 
     def _costs(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """What goes with one unit of a group."""
@@ -288,7 +282,7 @@ class RecipeBudget(Budget):
         for name in values:
             if self.graph.groups[name].size > 1:
                 size = self.size_with(self.graph.plan({name: torch.tensor([0])}))
-                now, then = (s.macs[""] if self.of == "macs" else s.parameters[""] for s in (self.size, size))
+                now, then = (s.macs[""] if self.target == "macs" else s.parameters[""] for s in (self.size, size))
                 costs[name] = float(now - then)
         return costs
 
@@ -313,14 +307,11 @@ class RecipeBudget(Budget):
 class RecipePruner(ActivationPruner):
     """A pruner with a :class:`RecipeBudget`."""
 
-    def __init__(self, *arguments: Any, split: str, of: str, **options: Any) -> None:
+    def __init__(self, *arguments: Any, split: str, **options: Any) -> None:
         ours = split in OUR_SPLITS
-        target = "macs" if of == "macs" else "units"
-        super().__init__(*arguments, split="uniform" if ours else split, target=target, **options)
-        budget = RecipeBudget(**{each.name: getattr(self.budget, each.name) for each in fields(Budget)})
-        budget.our_split, budget.of = split if ours else "", of
-        budget.original_parameters = budget.size.parameters[""]
-        self.budget = budget
+        super().__init__(*arguments, split="uniform" if ours else split, **options)
+        self.budget = RecipeBudget(**{each.name: getattr(self.budget, each.name) for each in fields(Budget)})
+        self.budget.our_split = split if ours else ""
 
 
 # ------------------------------------------------------------------------------- a run
@@ -371,7 +362,7 @@ def network(inputs: Inputs, width: int, seed: int) -> nn.Module:
 
 def narrow(model: nn.Module, arm: Arm, inputs: Inputs, seed: int) -> None:
     """Makes all layers narrower, and initialises them as layers of that width are."""
-    options = {"criterion": "random", "split": "uniform", "of": arm.target, "round_to": 1, "seed": seed}
+    options = {"criterion": "random", "split": "uniform", "target": arm.target, "seed": seed}
     RecipePruner(model, inputs.take(torch.arange(1)), {1: arm.removed}, **options).step()
     torch.manual_seed(seed)
     for module in model.modules():
@@ -418,7 +409,7 @@ def train(task: Line, inputs: Inputs, stop: float) -> Line | None:
             arm.fractions(),
             criterion=criterion,
             split=arm.split,
-            of=arm.target,
+            target=arm.target,
             round_to=args.round_to,
             max_ratio=MAX_RATIO,
             optimizer=optimizer,
@@ -456,7 +447,7 @@ def train(task: Line, inputs: Inputs, stop: float) -> Line | None:
                 sizes = {
                     "macs": report.macs[1],
                     "parameters": report.parameters[1],
-                    "note": report.note if arm.target == "macs" else "",
+                    "note": report.note,
                 }
                 cuts.append({"epoch": epoch + 1, "before": before, "after": after, "renewed": renewed, **sizes})
     line["end"] = accuracy()

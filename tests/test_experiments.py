@@ -514,7 +514,7 @@ def numbers(results):
         ("dropconnect", Recipe(model="resnet18", epochs=3, batch=40, width=4)),
         ("fisher", Recipe(model="cnn", epochs=3, batch=40, width=8, precision="bfloat16")),
         ("baseline", Recipe(model="cnn", epochs=3, batch=40, width=8, prune=Pruning({2: 0.3}, target="macs"))),
-        ("fisher", Recipe(epochs=4, batch=40, width=16, prune=Pruning({1: 0.2, 3: 0.5}, "state_entropy"))),
+        ("fisher", Recipe(epochs=4, batch=40, width=16, prune=Pruning({1: 0.2, 3: 0.5}, "rademacher"))),
         ("saliency", Recipe(epochs=3, batch=40, width=16, prune=Pruning({2: 0.2, 3: 0.4}, "importance"))),
         ("saliency", Recipe(epochs=4, batch=40, width=16, drop_schedule="warmup")),
         ("saliency", Recipe(epochs=4, batch=40, width=16, final_sparsity=0.8)),
@@ -786,7 +786,7 @@ def test_a_gpt_learns_a_text_and_resumes(precision, shakespeare, tmp_path):
 
 @pytest.mark.parametrize("criterion", ["entropy", "rademacher", "l1", "random"])
 def test_a_run_with_cuts_measures_around_them_and_keeps_what_is_left(criterion, digits, tmp_path):
-    prune = Pruning({2: 0.25, 4: 0.5}, criterion, split="rademacher")  # the last one after the last epoch
+    prune = Pruning({2: 0.25, 4: 0.5}, criterion, "units", split="rademacher")  # the last one after the last epoch
     results = run("fisher", digits, tmp_path, Recipe(epochs=4, batch=40, width=32, prune=prune))
     assert ["accuracy_before_cut" in line for line in results.lines()] == [False, True, False, True]
     network = PrunedNetwork.from_json(json.loads((results.pruned("fisher", 3) / "cut.json").read_text()))

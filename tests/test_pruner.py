@@ -25,8 +25,9 @@ from impact_optim import Impact, ImpactAdamW, ImpactSGD
 from impact_optim.impact import impact_of
 from impact_optim.pruning import open_heads
 from impact_optim.pruning.architecture import load_pruned, save_pruned
-from impact_optim.pruning.pruner import ActivationPruner, ramp
+from impact_optim.pruning.pruner import ActivationPruner
 from impact_optim.pruning.report import model_size
+from impact_optim.pruning.schedule import ramp
 
 X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -96,7 +97,8 @@ def slow(*values):
 
 
 def prune(model, schedule, optimizer=(), **options):
-    return ActivationPruner(model, X[:1], schedule, optimizer=optimizer, **{"round_to": 1, "every": 1, **options})
+    options = {"target": "units", "max_ratio": 1.0, "every": 1, **options}
+    return ActivationPruner(model, X[:1], schedule, optimizer=optimizer, **options)
 
 
 def epoch(model, optimizer, seed, steps=3):
@@ -159,24 +161,53 @@ def units(pruner):
 # ------------------------------------------------------------------------------- the schedule
 
 
-@given(
-    st.floats(0.01, 0.99),
-    st.integers(0, 30),
-    st.integers(1, 40),
-    st.integers(1, 9),
-    st.sampled_from(["cubic", "linear"]),
-)
-def test_a_ramp_rises_to_its_end(final, start, length, frequency, shape):
-    schedule = ramp(final, start=start, end=start + length, frequency=frequency, shape=shape)
+@given(st.floats(0.01, 0.99), st.integers(0, 30), st.integers(1, 40))
+def test_a_ramp_rises_to_its_end(final, start, length):
+    schedule = ramp(final, start=start, end=start + length)
     epochs, fractions = list(schedule), list(schedule.values())
-    assert epochs[-1] == start + length
+    assert epochs == list(range(start + 1, start + length + 1))
     assert fractions[-1] == final
     assert fractions[0] > 0
     assert fractions == sorted(fractions)
-    assert all(b - a == frequency for a, b in itertools.pairwise(epochs[:-1]))
-    middle = final * (0.5 if shape == "linear" else 0.875)
-    if start + length / 2 in schedule:
-        assert schedule[start + length / 2] == pytest.approx(middle)
+    if length % 2 == 0:
+        assert schedule[start + length // 2] == pytest.approx(0.875 * final)
+
+
+def test_how_much_and_by_when_is_the_recipe_that_was_measured():
+    """That of benchmarks/pruning_recipe.py, and of docs/pruning.md: half of the MACs on a cubic in epochs 3 to 14."""
+    model = network()
+    pruner = ActivationPruner(model, X[:1], remove=0.5, by=14)
+    assert pruner.schedule == {t: 0.5 * (1 - (1 - (t - 2) / 12) ** 3) for t in range(3, 15)}
+    budget = pruner.budget
+    assert (pruner.criterion, budget.target, budget.split) == ("rademacher", "macs", "rademacher")
+    assert ActivationPruner(model, X[:1], 0.5, by=14, criterion="l1").budget.split == "uniform"
+    assert (budget.round_to, budget.max_ratio, pruner.statistics.every) == (1, 0.9, 8)
+    assert list(ActivationPruner(model, X[:1], 0.3, by=1).schedule.items()) == [(1, 0.3)]
+
+
+@pytest.mark.parametrize("target", ["macs", "params"])
+def test_half_of_them_is_gone_little_by_little(target):
+    model = network()
+    optimizer = sgd(model)
+    pruner = ActivationPruner(
+        model,
+        X[:1],
+        remove=0.5,
+        by=4,
+        criterion="entropy",
+        split="uniform",
+        target=target,
+        optimizer=optimizer,
+        every=1,
+    )
+    reports = []
+    for i in range(6):
+        epoch(model, optimizer, i)
+        reports.append(pruner.step())
+    assert [bool(report.records) for report in reports] == [False, True, True, True, False, False]
+    left = [(report.macs if target == "macs" else report.parameters)[1] for report in reports]
+    for now, gone in zip(left[1:4], pruner.schedule.values(), strict=True):
+        assert now / left[0] == pytest.approx(1 - gone, abs=0.03)
 
 
 def test_what_is_cut_when():
@@ -354,7 +385,7 @@ def test_momentum_is_that_of_the_kept_weights():
     epoch(model, optimizer, 0)
     params = dict(model.named_parameters())
     expected = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in params.items()}
-    for name, dim, kept in pruner.step().records:
+    for name, dim, kept, _ in pruner.step().records:
         if name in expected:
             expected[name] = expected[name].index_select(dim, kept)
     assert dict(model.named_parameters()).keys() == params.keys()
@@ -835,7 +866,7 @@ class Skipped(nn.Module):
 def test_a_group_without_scores_stays_and_the_others_go_instead():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), Skipped(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    pruner = ActivationPruner(model, torch.zeros(2, 5), {1: 0.25}, round_to=1, every=1)
+    pruner = ActivationPruner(model, torch.zeros(2, 5), {1: 0.25}, target="units", every=1)
     model(torch.randn(20, 5))
     report = pruner.step()
     assert {name: group.size for name, group in pruner.graph.groups.items()} == {"2.up": 16, "3": 8}
@@ -873,10 +904,10 @@ def test_layers_that_are_not_trained_have_no_importance_and_stay():
 )
 def test_the_note_says_why_less_has_been_cut_than_was_asked(layers, options, note, recwarn):
     model = nn.Sequential(*layers)
-    options = {"criterion": "l1", "round_to": 1, **options}
+    options = {"criterion": "l1", "target": "units", **options}
     assert (
         note
-        in ActivationPruner(model, torch.zeros(2, 5), {1: 0.2 if "target" not in options else 0.5}, **options)
+        in ActivationPruner(model, torch.zeros(2, 5), {1: 0.2 if options["target"] == "units" else 0.5}, **options)
         .step()
         .note
     )
@@ -941,9 +972,16 @@ def test_a_criterion_of_the_wrong_shape_is_named():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"schedule": {0: 0.1}}, ValueError, "counted from 1"),
-        ({"schedule": {1: 1.0}}, ValueError, "in \\(0, 1\\)"),
-        ({"schedule": {1: 0.5, 2: 0.4}}, ValueError, "never falling"),
+        ({"remove": {0: 0.1}}, ValueError, "counted from 1"),
+        ({"remove": {1: 1.0}}, ValueError, "in \\(0, 1\\)"),
+        ({"remove": {1: 0.5, 2: 0.4}}, ValueError, "never falling"),
+        ({"remove": 1.0, "by": 3}, ValueError, "remove is 1.0; it must be the fraction"),
+        ({"remove": True, "by": 3}, ValueError, "remove is True"),
+        ({"remove": "half", "by": 3}, ValueError, "remove is 'half'"),
+        ({"remove": 0.5}, ValueError, "say after which epoch, counted from 1"),
+        ({"remove": 0.5, "by": 0}, ValueError, "by=0: say after which epoch"),
+        ({"remove": 0.5, "by": 2.5}, ValueError, "by=2.5: say after which epoch"),
+        ({"remove": {1: 0.5}, "by": 3}, ValueError, "leave out by=3"),
         ({"criterion": "entropi"}, ValueError, "criterion is 'entropi'; choose from"),
         ({"target": "flops"}, ValueError, "target is 'flops'"),
         ({"split": "even"}, ValueError, "split is 'even'"),
@@ -956,7 +994,7 @@ def test_a_criterion_of_the_wrong_shape_is_named():
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):
-    good = {"model": network(), "example_inputs": X, "schedule": {1: 0.5}}
+    good = {"model": network(), "example_inputs": X, "remove": {1: 0.5}}
     with pytest.raises(error, match=message):
         ActivationPruner(**{**good, **arguments})
 

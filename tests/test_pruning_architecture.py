@@ -362,8 +362,6 @@ def with_attribute(layer, **attributes):
         (with_attribute("0", out_channels=True), "its sizes are not what"),
         (with_attribute("0", out_channels=-4), "out_channels of '0' is 8 here, which no cut brings to -4"),
         (with_attribute("0", out_channels=16), "out_channels of '0' is 8 here, which no cut brings to 16"),
-        (with_attribute("3", groups=1), "3 has a weight of the shape"),
-        (with_attribute("7", in_features=3), "7 has a weight of the shape"),
         (lambda path: path.write_text("[" * 200000 + "]" * 200000), "damaged"),
     ],
 )

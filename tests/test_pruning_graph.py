@@ -1213,7 +1213,7 @@ def test_cut_equals_masked(name: str) -> None:
     check(CASES[name]())
 
 
-@pytest.mark.parametrize("module", [impact_optim.pruning, impact_optim.pruning.pruner])
+@pytest.mark.parametrize("module", [impact_optim.pruning, impact_optim.pruning.schedule])
 def test_docstring_examples(module: Any) -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
     examples = [test for test in finder.find(module) if test.examples and "train_one_epoch" not in test.docstring]

@@ -16,7 +16,7 @@ from impact_optim.pruning.repair import repair, select, with_state
 from impact_optim.pruning.surgery import PruneRecord
 
 KEPT = torch.tensor([0, 1, 3, 6])  # of the 8 hidden units of a network()
-RECORDS = [PruneRecord("0.weight", 0, KEPT), PruneRecord("0.bias", 0, KEPT), PruneRecord("2.weight", 1, KEPT)]
+RECORDS = [PruneRecord(name, dim, KEPT, 8) for name, dim in (("0.weight", 0), ("0.bias", 0), ("2.weight", 1))]
 
 # Every optimizer of torch.optim, with options that give it all the state it may have.
 OPTIMIZERS = {
@@ -44,7 +44,7 @@ def network(hidden=8):
 
 def shrink(model, records=RECORDS):
     """Cuts by hand: the parameters stay the same objects."""
-    for name, dim, kept in records:
+    for name, dim, kept, _ in records:
         param = model.get_parameter(name)
         grad = None if param.grad is None else param.grad.index_select(dim, kept)
         param.grad = None
@@ -155,7 +155,7 @@ def test_sparse_adam():
     state = copy.deepcopy(optimizer.state_dict())
     for key in ("exp_avg", "exp_avg_sq"):
         state["state"][0][key] = state["state"][0][key][:, kept]
-    records = [PruneRecord("0.weight", 1, kept), PruneRecord("2.weight", 1, twice)]
+    records = [PruneRecord("0.weight", 1, kept, 4), PruneRecord("2.weight", 1, twice, 8)]
     model.zero_grad()
     shrink(model, records)
     repair(records, model, optimizers=optimizer)
@@ -405,7 +405,7 @@ def holding(**entries):
 @pytest.mark.parametrize(
     ("entries", "error", "names"),
     [
-        ({"odd": torch.zeros(7, 5)}, ValueError, ["'momentum_buffer'", "'odd'", "0.weight"]),
+        ({"odd": torch.zeros(7, 5)}, ValueError, ["'odd' of 0.weight in Custom", r"\(7, 5\)"]),
         ({"flat": torch.zeros(40)}, ValueError, ["'flat' of 0.weight in Custom", r"\(40,\)"]),
         ({"deep": torch.zeros(8, 5, 2)}, ValueError, ["'deep' of 0.weight in Custom"]),
         ({"history": [torch.zeros(8, 5)]}, TypeError, ["list", "'history' of 0.weight"]),
@@ -431,7 +431,7 @@ def test_a_square_parameter_makes_its_row_statistics_ambiguous():
     kept = torch.tensor([0, 2, 3])
     row = torch.arange(6.0)
     optimizer.state[model[0].weight]["row"] = row
-    records = [PruneRecord("0.weight", 0, kept), PruneRecord("0.bias", 0, kept)]
+    records = [PruneRecord("0.weight", 0, kept, 6), PruneRecord("0.bias", 0, kept, 6)]
     shrink(model, records)
     with pytest.raises(ValueError, match=r"'row' of 0.weight in Custom .* does not tell"):
         repair(records, model, optimizers=optimizer)
@@ -440,7 +440,7 @@ def test_a_square_parameter_makes_its_row_statistics_ambiguous():
     both = nn.Sequential(nn.Linear(6, 6))
     optimizer = Custom(both.parameters(), lr=0.1)
     optimizer.state[both[0].weight]["row"] = row
-    records.append(PruneRecord("0.weight", 1, kept))
+    records.append(PruneRecord("0.weight", 1, kept, 6))
     shrink(both, records)
     repair(records, both, optimizers=optimizer)
     assert torch.equal(optimizer.state[both[0].weight]["row"], row[kept])
@@ -466,7 +466,7 @@ def test_what_belongs_to_another_model_is_refused():
     with pytest.raises(ValueError, match=r"0.weight has 8 indices in dimension 0, but the records keep 4"):
         repair(RECORDS, other)
     with pytest.raises(ValueError, match=r"'1.weight', which Sequential does not have"):
-        repair([PruneRecord("1.weight", 0, KEPT)], model)
+        repair([PruneRecord("1.weight", 0, KEPT, 8)], model)
 
 
 def test_a_copy_that_does_not_fit_leaves_the_optimizer_alone():
@@ -578,7 +578,8 @@ def test_records_of_several_cuts_compose(data):
     records, alive = [], torch.arange(8)
     for _ in range(data.draw(st.integers(1, 3))):
         kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(alive) - 1), min_size=1))))
-        cut = [PruneRecord("0.weight", 0, kept), PruneRecord("0.bias", 0, kept), PruneRecord("2.weight", 1, kept)]
+        axes = ("0.weight", 0), ("0.bias", 0), ("2.weight", 1)
+        cut = [PruneRecord(name, dim, kept, len(alive)) for name, dim in axes]
         shrink(model, cut)
         records += cut
         alive = alive[kept]
@@ -610,7 +611,7 @@ def test_state_stays_channels_last():
     model(torch.randn(2, 3, 6, 6)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    records = [PruneRecord("0.weight", 0, KEPT), PruneRecord("0.bias", 0, KEPT)]
+    records = [PruneRecord("0.weight", 0, KEPT, 8), PruneRecord("0.bias", 0, KEPT, 8)]
     shrink(model, records)
     repair(records, model, optimizers=optimizer)
     buffer = optimizer.state[model[0].weight]["momentum_buffer"]

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..pruning.criteria import CRITERIA, SPLITS
+from ..pruning.budget import SPLITS, TARGETS
+from ..pruning.criteria import CRITERIA
 from .arms import (
     ADAMW,
     ARMS,
@@ -182,12 +183,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     cuts.add_argument(
         "--prune-target",
-        choices=("units", "macs"),
+        choices=TARGETS,
         default=Pruning.target,
-        help="what the shares are of: units or multiply-accumulates (%(default)s)",
+        help="what the shares are of: multiply-accumulates, parameters or units (%(default)s)",
     )
     cuts.add_argument(
-        "--prune-split", choices=SPLITS, default=Pruning.split, help="of the cuts over layers (%(default)s)"
+        "--prune-split", choices=SPLITS, help="of the cuts over layers (rademacher, or uniform without activations)"
     )
 
     where = parser.add_argument_group("where, and what to write")

@@ -29,14 +29,14 @@ class Pruning:
     Args:
         schedule: epoch -> fraction removed by then.
         criterion: a name in :data:`~impact_optim.pruning.CRITERIA`.
-        target: what the fractions are of, ``"units"`` or ``"macs"``.
+        target: what the fractions are of, ``"macs"``, ``"params"`` or ``"units"``.
         split: how the budget is spread over layers.
     """
 
     schedule: Mapping[int, float]
-    criterion: str = "entropy"
-    target: str = "units"
-    split: str = "uniform"
+    criterion: str = "rademacher"
+    target: str = "macs"
+    split: str | None = None
 
 
 class PrunedNetwork(NamedTuple):

@@ -35,7 +35,9 @@ class ImpactCallback(Callback):
         >>> callback = ImpactCallback(
         ...     drop_rate=lambda optimizer: DropRateScheduler(optimizer, 0.9, 30, start=0.0, shape="cubic"),
         ...     sparsify={3000: 0.9},
-        ...     pruner=lambda module, optimizer: ActivationPruner(module.net, images, {20: 0.3}, optimizer=optimizer),
+        ...     pruner=lambda module, optimizer: ActivationPruner(
+        ...         module.net, images, remove=0.3, by=20, optimizer=optimizer
+        ...     ),
         ... )
         >>> Trainer(max_epochs=40, callbacks=[callback]).fit(module, loader)
     """

@@ -59,9 +59,10 @@ from .attention import open_heads
 from .criteria import CRITERIA
 from .graph import Axis, Observation, UnitGraph, UnitGroup
 from .plan import Plan, PruneRecord
-from .pruner import ActivationPruner, ramp
+from .pruner import ActivationPruner
 from .repair import repair
 from .report import LayerReport, PruneReport
+from .schedule import ramp
 from .surgery import cut
 from .tracing import trace
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .attributes import integer_attributes, is_integral, may_shrink, set_integer_attributes
-
-__all__ = ["load_pruned", "save_pruned"]
 
 VERSION = 1
 _ARCHITECTURE, _WEIGHTS = "architecture.json", "model.safetensors"
@@ -137,19 +136,16 @@ def _read_architecture(folder: Path) -> dict[str, Any]:
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Save the network again") from error
     architecture = text["architecture"]
-    for part, is_entry in (("types", _is_text), ("shapes", is_integral), ("sizes", _is_mapping_of_integers)):
+    is_entry: dict[str, Callable[[Any], bool]] = {
+        "types": lambda value: isinstance(value, str),
+        "shapes": is_integral,
+        "sizes": lambda value: isinstance(value, dict) and all(map(is_integral, value.values())),
+    }
+    for part in is_entry:
         entries = architecture.get(part) if isinstance(architecture, dict) else None
-        if not isinstance(entries, dict) or not all(map(is_entry, entries.values())):
+        if not isinstance(entries, dict) or not all(map(is_entry[part], entries.values())):
             raise ValueError(f"{path} is damaged: its {part} are not what save_pruned() writes. Save the network again")
     return architecture
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_mapping_of_integers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(is_integral, value.values()))
 
 
 def _read_weights(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -193,7 +189,7 @@ def _check_model(model: nn.Module, architecture: dict[str, Any], path: Path) -> 
 
 
 def _check_sizes(model: nn.Module, architecture: dict[str, Any], path: Path) -> None:
-    """Attributes may be smaller than here where a cut makes them so, and must fit the weights."""
+    """Attributes may be smaller than here where a cut makes them so."""
     kind, modules, all_sizes = type(model).__name__, dict(model.named_modules()), architecture["sizes"]
     ours = _kept_sizes(model)
     for name in {**ours, **all_sizes}:
@@ -207,19 +203,6 @@ def _check_sizes(model: nn.Module, architecture: dict[str, Any], path: Path) -> 
                     f"{kind} cannot become the model of {path}: {key} of {name or 'the model'!r} is {old!r} here, "
                     f"which no cut brings to {value!r}; build the model that was saved, as its code does before any cut"
                 )
-        shape, expected = architecture["shapes"].get(f"{name}.weight"), _shape_by(modules.get(name), there)
-        if shape is not None and expected is not None and shape[: len(expected)] != expected:
-            raise ValueError(f"{path} is damaged: {name} has a weight of the shape {shape}, and says {there}")
-
-
-def _shape_by(module: nn.Module | None, sizes: dict[str, Any]) -> list[int] | None:
-    """The first dimensions that the weight of a layer must have by its attributes."""
-    if isinstance(module, nn.Linear):
-        return [sizes[key] for key in ("out_features", "in_features") if key in sizes]
-    if isinstance(module, nn.modules.conv._ConvNd):
-        first, second = ("in", "out") if module.transposed else ("out", "in")
-        return [sizes[f"{first}_channels"], sizes[f"{second}_channels"] // sizes["groups"]]
-    return [sizes["num_features"]] if isinstance(module, nn.modules.batchnorm._NormBase) else None
 
 
 def _fitted(name: str, tensor: Tensor, content: Tensor) -> Tensor:

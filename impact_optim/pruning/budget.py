@@ -1,22 +1,25 @@
-"""How much goes: which units make up a fraction of the units or MACs that there were."""
+"""How much goes: which units make up a fraction of the MACs, parameters or units that there were."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .criteria import units_per_step, units_to_remove
 from .graph import UnitGraph, UnitGroup
 from .plan import UNCUT, Plan
-from .report import ModelSize, model_size
-from .statistics import UnitStatistics
+from .report import ModelSize, model_size, parameter_counts
+from .statistics import UnitStatistics, complexity_lost
 
-_SHORTFALL = 0.01  # of the units or MACs, from which on a report speaks of it
-_MACS_TRIES, _MACS_TOLERANCE = 12, 0.002  # of the MACs of the whole network
+TARGETS = ("macs", "params", "units")
+SPLITS = ("uniform", "global", "rademacher")
+_SHORTFALL = 0.01  # of what there was, from which on a report speaks of it
+_TRIES, _TOLERANCE = 12, 0.002  # of the MACs or parameters of the whole network
 
 
 class Scores(NamedTuple):
@@ -45,11 +48,14 @@ class Budget:
     def __post_init__(self) -> None:
         self.size = self.size_with(UNCUT)
         """What the model takes now."""
-        self._original_macs = self.size.macs[""]
+        self._original = self._measured(self.size)
 
     def size_with(self, plan: Plan) -> ModelSize:
         """What the model would take."""
         return model_size(self.model, self.graph.rehearsal, plan)
+
+    def _measured(self, size: ModelSize) -> int:
+        return size.parameters[""] if self.target == "params" else size.macs[""]
 
     def groups(self) -> dict[str, UnitGroup]:
         """What can be scored and cut."""
@@ -57,8 +63,8 @@ class Budget:
 
     def gone(self, plan: Plan = UNCUT, size: ModelSize | None = None) -> float:
         """The fraction of what there was that is gone, once a plan has been carried out that leaves this size."""
-        if self.target == "macs":
-            return 1 - (size or self.size).macs[""] / self._original_macs
+        if self.target != "units":
+            return 1 - self._measured(size or self.size) / self._original if self._original else 0.0
         groups = self.groups()
         left = sum(len(plan.left.get(name, group.original)) for name, group in groups.items())
         return 1 - left / all_units if (all_units := sum(group.original_size for group in groups.values())) else 0.0
@@ -87,37 +93,127 @@ class Budget:
             scored = sum(groups[name].size for name in scores.values) / sum(group.size for group in groups.values())
             return self.lowest(min((fraction - gone) / (1 - gone) / scored, 1.0), scores)
 
-        # MACs go about with the square of the widths, and widths with the fraction of units: a straight line between
-        # two roots of MACs meets the wanted one after few trials.
-        wanted = (1 - fraction) * self._original_macs
-        low, high = (0.0, self.size.macs[""] ** 0.5), (1.0, 0.0)
+        # MACs and parameters go about with the square of the widths, and widths with the fraction of units: a straight
+        # line between two roots of them meets the wanted one after few trials.
+        wanted = (1 - fraction) * self._original
+        low, high = (0.0, self._measured(self.size) ** 0.5), (1.0, 0.0)
         best = (math.inf, UNCUT)
-        for i in range(_MACS_TRIES):
+        for i in range(_TRIES if self._original else 0):
             asked = low[0] + (high[0] - low[0]) * (low[1] - wanted**0.5) / (low[1] - high[1])
             if i % 2:  # a line alone may creep up on it from one side
                 asked = (low[0] + high[0]) / 2
             plan = self.lowest(asked, scores)
-            macs = self.graph.rehearsal.macs(self.model, plan)[""]
-            best = min(best, (abs(macs - wanted), plan), key=lambda pair: pair[0])
-            if best[0] <= _MACS_TOLERANCE * self._original_macs:
+            left = (
+                parameter_counts(self.model, plan)
+                if self.target == "params"
+                else self.graph.rehearsal.macs(self.model, plan)
+            )[""]
+            best = min(best, (abs(left - wanted), plan), key=lambda pair: pair[0])
+            if best[0] <= _TOLERANCE * self._original:
                 break
-            if macs > wanted:
-                low = (asked, macs**0.5)
+            if left > wanted:
+                low = (asked, left**0.5)
             else:
-                high = (asked, macs**0.5)
+                high = (asked, left**0.5)
         return best[1]
 
     def lowest(self, fraction: float, scores: Scores) -> Plan:
         """What to remove so that a fraction of the units that there are is gone."""
         groups = {name: self.graph.groups[name] for name in scores.values}
-        least = {name: math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9) for name, group in groups.items()}
-        return self.graph.plan(
-            units_to_remove(
-                scores.values,
-                fraction,
-                split=self.split,
-                statistics=scores.statistics,
-                round_to={name: units_per_step(group, self.round_to) for name, group in groups.items()},
-                min_units={name: max(1, units) for name, units in least.items()},
+        stops = {
+            name: possible_cuts(
+                group.size,
+                units_per_step(group, self.round_to),
+                max(1, math.ceil(group.original_size * (1 - self.max_ratio) - 1e-9)),
             )
-        )
+            for name, group in groups.items()
+        }
+        return self.graph.plan(units_to_remove(scores.values, fraction, stops, self.split, scores.statistics))
+
+
+def units_per_step(group: UnitGroup, channels: int) -> int:
+    """The least number of units whose channels are a multiple of ``channels``: 1 for heads of 64, say."""
+    most = max((int((axis.units >= 0).sum()) // group.size for axis in group.producers), default=1)
+    return channels // math.gcd(channels, max(most, 1))
+
+
+def possible_cuts(size: int, multiple: int, least: int) -> list[int]:
+    """How many of so many units may go: none, or so many that a multiple not below the least is left.
+
+    In a group smaller than twice the multiple, it is a multiple of its half, its quarter, and so on.
+    """
+    while multiple > 1 and 2 * multiple > size:
+        multiple //= 2
+    return [0, *(size - left for left in range((size - 1) // multiple * multiple, least - 1, -multiple))]
+
+
+def units_to_remove(
+    scores: Mapping[str, Tensor],
+    fraction: float,
+    stops: Mapping[str, Sequence[int]],
+    split: str = "uniform",
+    statistics: Mapping[str, Sequence[UnitStatistics]] | None = None,
+) -> dict[str, Tensor]:
+    r"""The units with the lowest scores that make up a fraction of the network.
+
+    Within a group units go in the order of their scores, equal ones in the order of their positions, in steps from one
+    of its stops to the next. All steps of all groups stand in one line by a key, and as many are taken from its front
+    as come nearest to the budget, as far as the stops allow, so that a larger budget removes the same units and more.
+    The key is
+
+    - ``"uniform"``: the share of the group's units that has gone by the middle of the step;
+    - ``"global"``: the mean score of the step's units, over the root mean square of the group's scores. Without that
+      the layers with the smallest scores would vanish: scores come with the scale of their layer (its fan-in, its
+      activations). After Molchanov et al., Pruning convolutional neural networks for resource efficient inference,
+      ICLR 2017, but with the mean square instead of the sum, which would put a tax on wide layers;
+    - ``"rademacher"``: the share of the group's Rademacher complexity that has gone by the middle of the step
+      (:func:`complexity_lost`). All layers give the same share of what linear functions of them can do: many units
+      where a few carry most of it, few where all count.
+
+    Args:
+        scores: by group, [units].
+        fraction: of all units, in [0, 1].
+        stops: by group, how many of its units may go, ascending from 0.
+        split: one of the three.
+        statistics: by group, for ``"rademacher"``.
+
+    Returns:
+        By group, the positions to remove, int64, ascending; groups that lose nothing are left out.
+
+    Raises:
+        ValueError: a score is not finite, or statistics are missing.
+    """
+    orders, steps = {}, []
+    for name, score in scores.items():
+        score = score.detach().cpu().double()
+        if not score.isfinite().all():
+            raise ValueError(f"{int((~score.isfinite()).sum())} scores of {name!r} are not finite")
+        orders[name] = order = score.argsort(stable=True)
+        height = _height(split, name, score[order], order, statistics or {})
+        key = -math.inf
+        for a, b in itertools.pairwise(stops[name]):
+            key = max(key, ((height[b] - height[a]) / (b - a) if split == "global" else height[a] + height[b]).item())
+            steps.append((key, name, b, b - a))
+    steps.sort(key=lambda step: step[0])  # stable: the steps of a group stay in order
+    reached = list(itertools.accumulate((units for *_, units in steps), initial=0))
+    wanted = fraction * sum(map(len, scores.values()))
+    number = min(range(len(reached)), key=lambda i: abs(reached[i] - wanted))
+    removed = {name: gone for _, name, gone, _ in steps[:number]}
+    return {name: order[: removed[name]].sort().values for name, order in orders.items() if name in removed}
+
+
+def _height(
+    split: str, name: str, score: Tensor, order: Tensor, statistics: Mapping[str, Sequence[UnitStatistics]]
+) -> Tensor:
+    """What has been given once the first j units in the order have gone, [units + 1]."""
+    if split == "uniform":
+        return torch.arange(len(score) + 1, dtype=torch.float64) / len(score)
+    if split == "global":
+        scale = score.square().mean().sqrt().item() or 1.0
+        return nn.functional.pad((score / scale).cumsum(0), (1, 0))
+    places = statistics.get(name, ())
+    if not any(place.seen.any() for place in places):
+        raise ValueError(f'the split "rademacher" needs statistics of {name!r}, and there are none')
+    # The same units seen in several places are as good as more vectors of signs.
+    rows = [place.centred_projections() / place.seen.clamp_min(1) for place in places]
+    return complexity_lost(torch.cat(rows).cpu(), order)

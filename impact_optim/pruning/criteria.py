@@ -1,4 +1,4 @@
-"""Pruning criteria, what a unit is worth, and how a budget is spent on the least worthy.
+"""Pruning criteria: what a unit is worth.
 
 A criterion is one function ``criterion(group, context) -> scores`` of one group, with
 
@@ -13,20 +13,15 @@ A criterion of your own is one line, usable at once by its name::
 
 from __future__ import annotations
 
-import itertools
-import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .graph import Axis, UnitGroup
-from .statistics import UnitStatistics, complexity_lost
-
-# -- criteria -------------------------------------------------------------------------------------------------------
+from .statistics import UnitStatistics
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,6 @@ def entropy(group: UnitGroup, context: Context) -> Tensor:
     return mean_over_places(group, context, UnitStatistics.entropy)
 
 
-def state_entropy(group: UnitGroup, context: Context) -> Tensor:
-    """Entropy of on and off: removes units that are nearly always off, or nearly always on.
-
-    See :meth:`UnitStatistics.state_entropy`.
-    """
-    return mean_over_places(group, context, UnitStatistics.state_entropy)
-
-
 def rademacher(group: UnitGroup, context: Context) -> Tensor:
     r"""Rademacher complexity of what a unit contributes: removes the units whose contributions are simplest.
 
@@ -75,14 +62,6 @@ def rademacher(group: UnitGroup, context: Context) -> Tensor:
         raise ValueError(f'no weights read the units of {group.name!r}, so that "rademacher" has no norm of them')
     outgoing, _ = _sum_per_unit(group.size, group.consumers, context.parameters, torch.square)
     return mean_over_places(group, context, UnitStatistics.rademacher) * outgoing.sqrt()
-
-
-def apoz(group: UnitGroup, context: Context) -> Tensor:
-    """One minus the average percentage of zeros: removes the units that are most often zero (or negative).
-
-    See :meth:`UnitStatistics.active_share`.
-    """
-    return mean_over_places(group, context, UnitStatistics.active_share)
 
 
 def l1(group: UnitGroup, context: Context) -> Tensor:
@@ -121,9 +100,7 @@ def random(group: UnitGroup, context: Context) -> Tensor:
 
 CRITERIA: dict[str, Criterion] = {
     "entropy": entropy,
-    "state_entropy": state_entropy,
     "rademacher": rademacher,
-    "apoz": apoz,
     "l1": l1,
     "importance": importance,
     "random": random,
@@ -142,11 +119,9 @@ def mean_over_places(group: UnitGroup, context: Context, read: Callable[[UnitSta
         raise ValueError(f"there are no statistics of {group.name!r}: nothing shows the activations of its units")
     was_seen = torch.stack([place.seen > 0 for place in places]).cpu()
     if not was_seen.any(0).all():
-        left_out = sum(int(place.nonfinite.sum()) for place in places)
         raise ValueError(
-            f"{int((~was_seen.any(0)).sum())} of {group.size} units of {group.name!r} have not been seen"
-            + (f" ({left_out} responses were not finite)" if left_out else "")
-            + "; attach the statistics, and train the model before scores are read"
+            f"{int((~was_seen.any(0)).sum())} of {group.size} units of {group.name!r} have not been seen, or with "
+            "values that are not finite alone; attach the statistics, and train the model before scores are read"
         )
     values = torch.stack([read(place).double() for place in places]).cpu()
     return torch.where(was_seen, values, 0.0).sum(0) / was_seen.sum(0)
@@ -166,119 +141,3 @@ def _sum_per_unit(
         total.index_add_(0, axis.units[owned], values.reshape(len(values), -1).sum(1).cpu().double()[owned])
         number += torch.bincount(axis.units[owned], minlength=size) * values[0].numel()
     return total, number
-
-
-# -- budgets --------------------------------------------------------------------------------------------------------
-
-SPLITS = ("uniform", "global", "rademacher")
-
-
-def units_to_remove(
-    scores: Mapping[str, Tensor],
-    fraction: float,
-    *,
-    split: str = "uniform",
-    statistics: Mapping[str, Sequence[UnitStatistics]] | None = None,
-    round_to: int | Mapping[str, int] = 8,
-    min_units: int | Mapping[str, int] = 1,
-) -> dict[str, Tensor]:
-    r"""The units with the lowest scores that make up a fraction of the network.
-
-    Within a group units go in the order of their scores, equal ones in the order of their positions, and in steps that
-    leave multiples of ``round_to``. All steps of all groups stand in one line by a key, and as many are taken from its
-    front as come nearest to the budget, as far as the limits of the groups allow, so that a larger budget removes the
-    same units and more. The key is
-
-    - ``"uniform"``: the share of the group's units that has gone by the middle of the step;
-    - ``"global"``: the mean score of the step's units, over the root mean square of the group's scores. Without that
-      the layers with the smallest scores would vanish: scores come with the scale of their layer (its fan-in, its
-      activations). After Molchanov et al., Pruning convolutional neural networks for resource efficient inference,
-      ICLR 2017, but with the mean square instead of the sum, which would put a tax on wide layers;
-    - ``"rademacher"``: the share of the group's Rademacher complexity that has gone by the middle of the step
-      (:func:`complexity_lost`). All layers give the same share of what linear functions of them can do: many units
-      where a few carry most of it, few where all count.
-
-    Args:
-        scores: by group, [units].
-        fraction: of all units, in [0, 1].
-        split: one of the three.
-        statistics: by group, for ``"rademacher"``.
-        round_to: the number of units left is a multiple of it, or all; in a group smaller than twice that, of its
-            half, its quarter, and so on. One number, or by group; see :func:`units_per_step`.
-        min_units: units that must be left, at least 1. One number, or by group.
-
-    Returns:
-        By group, the positions to remove, int64, ascending; groups that lose nothing are left out.
-
-    Raises:
-        ValueError: an argument is out of its range.
-    """
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"fraction must be in [0, 1], but is {fraction}")
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it must be one of {SPLITS}")
-    orders, steps = {}, []
-    for name, score in scores.items():
-        score = score.detach().cpu().double()
-        if not score.isfinite().all():
-            raise ValueError(f"{int((~score.isfinite()).sum())} scores of {name!r} are not finite")
-        orders[name] = order = score.argsort(stable=True)
-        height = _height(split, name, score[order], order, statistics)
-        key, stops = -math.inf, _stops(len(score), _of_group(round_to, name), _of_group(min_units, name))
-        for a, b in itertools.pairwise(stops):
-            key = max(key, ((height[b] - height[a]) / (b - a) if split == "global" else height[a] + height[b]).item())
-            steps.append(_Step(key, name, b, b - a))
-    steps.sort(key=lambda step: step.key)  # stable: the steps of a group stay in order
-    reached = list(itertools.accumulate((step.units for step in steps), initial=0))
-    wanted = fraction * sum(map(len, scores.values()))
-    number = min(range(len(reached)), key=lambda i: abs(reached[i] - wanted))
-    removed = {step.group: step.removed for step in steps[:number]}
-    return {name: order[: removed[name]].sort().values for name, order in orders.items() if name in removed}
-
-
-def units_per_step(group: UnitGroup, channels: int = 8) -> int:
-    """The least number of units whose channels are a multiple of ``channels``: 1 for heads of 64, say."""
-    most = max((int((axis.units >= 0).sum()) // group.size for axis in group.producers), default=1)
-    return channels // math.gcd(channels, max(most, 1))
-
-
-class _Step(NamedTuple):
-    key: float
-    group: str
-    removed: int  # units of the group that have gone after it
-    units: int  # of this step
-
-
-def _height(
-    split: str,
-    name: str,
-    score: Tensor,
-    order: Tensor,
-    statistics: Mapping[str, Sequence[UnitStatistics]] | None,
-) -> Tensor:
-    """What has been given once the first j units in the order have gone, [units + 1]."""
-    if split == "uniform":
-        return torch.arange(len(score) + 1, dtype=torch.float64) / len(score)
-    if split == "global":
-        scale = score.square().mean().sqrt().item() or 1.0
-        return torch.nn.functional.pad((score / scale).cumsum(0), (1, 0))
-    places = (statistics or {}).get(name, ())
-    if not any(place.seen.any() for place in places):
-        raise ValueError(f'the split "rademacher" needs statistics of {name!r}, and there are none')
-    # The same units seen in several places are as good as more vectors of signs.
-    rows = [place.centred_projections() / place.seen.clamp_min(1) for place in places]
-    return complexity_lost(torch.cat(rows).cpu(), order)
-
-
-def _stops(size: int, multiple: int, least: int) -> list[int]:
-    """How many units may go: none, or so many that a multiple not below the least is left."""
-    while multiple > 1 and 2 * multiple > size:
-        multiple //= 2
-    return [0, *(size - left for left in range((size - 1) // multiple * multiple, least - 1, -multiple))]
-
-
-def _of_group(option: int | Mapping[str, int], name: str) -> int:
-    value = option if isinstance(option, int) else option[name]
-    if value < 1:
-        raise ValueError(f"round_to and min_units must be at least 1, but one of them is {value} for {name!r}")
-    return value

@@ -12,7 +12,7 @@ from torch import Tensor
 from .attributes import SizeKey
 from .coupling import CONSUMER, PRODUCER
 from .labels import AxisKey
-from .plan import Plan
+from .plan import Plan, PruneRecord
 from .rehearsal import Rehearsal
 from .transcript import Step
 
@@ -137,37 +137,29 @@ class UnitGraph:
         plan = Plan(left=left, removed=removed, made_for={name: group.original for name, group in self.groups.items()})
         for (name, dim), axis in self.axes.items():
             if (gone := removed[axis.labels]).any():
-                plan.kept.setdefault(name, {})[dim] = (~gone).nonzero().flatten()
+                kept = (~gone).nonzero().flatten()
+                plan.kept.setdefault(name, {})[dim] = kept
+                plan.records.append(PruneRecord(name, dim, kept, len(gone)))
         for key, labels in self.sizes.items():
             if (gone := removed[labels]).any():
                 plan.sizes[key] = int((~gone).sum())
         return plan
 
     def forget(self, plan: Plan) -> None:
-        """Takes removed units out of the graph, once the model has been cut: all of them, or none where it raises."""
+        """Takes removed units out of the graph, once the model has been cut."""
 
         def left(labels: Tensor) -> Tensor:
             return labels[~plan.removed[labels]]
 
-        restore = self.snapshot()
-        try:
-            for group in self.groups.values():
-                group.original = left(group.labels) - group.first
-            self._relabel(left)
-        except BaseException:
-            restore()
-            raise
+        for group in self.groups.values():
+            group.original = left(group.labels) - group.first
+        self._relabel(left)
 
-    def freeze(self, names: Iterable[str], reason: str) -> None:
-        """Takes groups out of the graph: their units stay."""
-        for name in names:
-            group = self.groups.pop(name)
-            self.frozen[name] = reason
-
-            def without(labels: Tensor, gone: Tensor = group.labels) -> Tensor:
-                return labels.masked_fill(torch.isin(labels, gone), -1)
-
-            self._relabel(without)
+    def freeze(self, name: str, reason: str) -> None:
+        """Takes a group out of the graph: its units stay."""
+        gone = self.groups.pop(name).labels
+        self.frozen[name] = reason
+        self._relabel(lambda labels: labels.masked_fill(torch.isin(labels, gone), -1))
 
     def owners(self, labels: Tensor) -> list[str]:
         """The groups that some labels belong to."""

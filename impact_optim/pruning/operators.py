@@ -177,11 +177,11 @@ def _local(spatial: int) -> Rule:
     return rule
 
 
-def _channels(value: Value | None, rank: int, dim: int = 1) -> list[Value]:
-    """A per-channel vector, placed to be broadcast against a tensor of ``rank`` dimensions."""
+def _channels(value: Value | None, rank: int) -> list[Value]:
+    """A vector with an element per channel, placed to be broadcast against a tensor of ``rank`` dimensions."""
     if value is None:
         return []
-    after = [1] * (rank - 1 - dim)
+    after = [1] * (rank - 2)
     return [Value((*value.shape, *after), [labels.reshape(-1, *after) for labels in value.labels])]
 
 
@@ -504,10 +504,9 @@ ELEMENTWISE = [
     "addcdiv", "lerp", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not",
     "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "where", "masked_fill", "fill",
     "copy", "zero", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "bernoulli",
-    "native_dropout", "clone", "contiguous", "detach", "alias", "float", "double",
-    "half", "bfloat16", "int", "long", "bool", "lift_fresh_copy", "lift_fresh", "detach_copy", "alias_copy",
-    "heaviside", "hypot", "xlogy", "logaddexp", "data", "requires_grad", "__and__", "__or__", "__xor__", "__iand__",
-    "__ior__",
+    "native_dropout", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "detach_copy",
+    "alias_copy", "heaviside", "hypot", "xlogy", "logaddexp", "data", "requires_grad", "__and__", "__or__", "__xor__",
+    "__iand__", "__ior__",
 ]  # fmt: skip
 PLAIN = [
     "arange", "linspace", "eye", "tril_indices", "triu_indices", "tensor", "randint", "randperm", "sym_size",
@@ -516,9 +515,6 @@ PLAIN = [
 RESHAPED = [
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "_unsafe_view",
     "ravel", "atleast_1d", "atleast_2d", "atleast_3d",
-]  # fmt: skip
-EXPANDED = [
-    "expand", "expand_as", "broadcast_to",
 ]  # fmt: skip
 MOVED = [
     "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "numpy_T", "mT", "adjoint", "slice",
@@ -530,9 +526,7 @@ REDUCED = [
     "linalg_vector_norm", "logsumexp", "argmax", "argmin", "median", "mode", "count_nonzero", "nansum", "nanmean",
     "aminmax",
 ]  # fmt: skip
-MIXED = [
-    "softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp",
-]  # fmt: skip
+MIXED = ["softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"]
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
@@ -540,7 +534,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(CREATED, _created),
     **dict.fromkeys(PLAIN, _plain),
     **dict.fromkeys(RESHAPED, _reshaped),
-    **dict.fromkeys(EXPANDED, _expanded),
+    **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _expanded),
     **dict.fromkeys(MOVED, _moved),
     **dict.fromkeys(["chunk", "split"], _divided),
     **dict.fromkeys(["cat", "concat", "concatenate", "stack"], _joined),

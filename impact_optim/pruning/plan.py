@@ -17,6 +17,8 @@ class PruneRecord(NamedTuple):
     dim: int
     kept: Tensor
     """int64, the indices that were kept, ascending."""
+    before: int
+    """How many there were."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,8 @@ class Plan:
     """Whether the unit of a label goes; the last entry answers for the label -1."""
     made_for: dict[str, Tensor] = field(default_factory=dict)
     """Group -> the original positions of the units that it had when the plan was made."""
-
-    @property
-    def records(self) -> list[PruneRecord]:
-        """One for each dimension of a parameter or buffer that is cut."""
-        return [PruneRecord(name, dim, kept) for name, dims in self.kept.items() for dim, kept in sorted(dims.items())]
+    records: list[PruneRecord] = field(default_factory=list)
+    """``kept`` as a list, one for each dimension of a parameter or buffer that is cut."""
 
 
 UNCUT = Plan()

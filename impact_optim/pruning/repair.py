@@ -19,8 +19,6 @@ from .plan import PruneRecord
 from .stand_ins import named_tensors
 from .surgery import select
 
-__all__ = ["drawn_masks", "impacts_around", "repair", "replace_state", "unwrapped", "with_state"]
-
 T = TypeVar("T")
 Optimizers = Optimizer | Impact | Iterable[Optimizer | Impact]
 
@@ -29,8 +27,9 @@ class _Cut(NamedTuple):
     """What happened to one parameter or buffer."""
 
     name: str
-    shape: torch.Size
-    """After the cut."""
+    before: list[int]
+    """Its shape before the cut."""
+    after: torch.Size
     kept: dict[int, Tensor]
     """Dimension -> the kept indices of what it was before."""
 
@@ -105,17 +104,20 @@ def _as_list(one_or_several: T | Iterable[T], *kinds: type) -> list[T]:
 def _cuts(records: Iterable[PruneRecord], model: nn.Module) -> dict[Tensor, _Cut]:
     tensors = named_tensors(model)
     cuts: dict[Tensor, _Cut] = {}
-    for name, dim, kept in records:
+    for name, dim, kept, before in records:
         if name not in tensors:
             raise ValueError(f"a record names {name!r}, which {type(model).__name__} does not have")
         tensor = tensors[name]
-        cut = cuts.setdefault(tensor, _Cut(name, tensor.shape, {}))
-        cut.kept[dim] = cut.kept[dim][kept] if dim in cut.kept else kept
+        cut = cuts.setdefault(tensor, _Cut(name, list(tensor.shape), tensor.shape, {}))
+        if dim in cut.kept:  # a later cut
+            cut.kept[dim] = cut.kept[dim][kept]
+        else:
+            cut.kept[dim], cut.before[dim] = kept, before
     for cut in cuts.values():
         for dim, kept in cut.kept.items():
-            if len(kept) != cut.shape[dim]:
+            if len(kept) != cut.after[dim]:
                 raise ValueError(
-                    f"{cut.name} has {cut.shape[dim]} indices in dimension {dim}, but the records keep {len(kept)}; "
+                    f"{cut.name} has {cut.after[dim]} indices in dimension {dim}, but the records keep {len(kept)}; "
                     "cut the model first, then repair with all the records of this cut and no others"
                 )
     return cuts
@@ -198,56 +200,36 @@ def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut])
 
 def _cut_entries(entries: dict[str, Any], cut: _Cut, kind: str) -> dict[str, Any]:
     """The state of one parameter after the cut."""
-    tensors = {}
+    after = dict(entries)
     for key, value in entries.items():
         if isinstance(value, Tensor):
             if value.numel() > 1:
-                tensors[key] = value
+                after[key] = _cut_entry(value, cut, f"{key!r} of {cut.name} in {kind}")
         elif any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
             raise TypeError(
                 f"{kind} keeps a {type(value).__name__} of tensors as {key!r} of {cut.name}; only a tensor per entry "
                 "can be cut: remove the entry and let the optimizer start it afresh"
             )
-    # The records do not say what the sizes were. The entries that have all dimensions do, and must agree.
-    sizes: dict[int, tuple[int, str]] = {}
-    for key, value in tensors.items():
-        if value.dim() == len(cut.shape):
-            for dim, size in enumerate(value.shape):
-                if dim in cut.kept and size != 1 and sizes.setdefault(dim, (size, key))[0] != size:
-                    raise ValueError(
-                        f"{kind} has state of different sizes for dimension {dim} of {cut.name}: {sizes[dim][0]} in "
-                        f"{sizes[dim][1]!r}, {size} in {key!r}; one of them was cut before"
-                    )
-    known = {dim: size for dim, (size, _) in sizes.items()}
-    cut_tensors = {
-        key: _cut_entry(value, cut, known, f"{key!r} of {cut.name} in {kind}") for key, value in tensors.items()
-    }
-    return {**entries, **cut_tensors}
+    return after
 
 
-def _cut_entry(value: Tensor, cut: _Cut, sizes: dict[int, int], what: str) -> Tensor:
+def _cut_entry(value: Tensor, cut: _Cut, what: str) -> Tensor:
+    """Cuts a tensor that has all dimensions of the parameter, some of them of size 1, or only some of them."""
     fits: list[dict[int, Tensor]] = []
-    for dims in combinations(range(len(cut.shape)), value.dim()):
+    for dims in combinations(range(len(cut.before)), value.dim()):
         kept = {i: cut.kept[dim] for i, dim in enumerate(dims) if dim in cut.kept and value.shape[i] != 1}
         if all(
-            _is_size(size, cut, dim, sizes) or (size == 1 and value.dim() == len(cut.shape))
+            size == cut.before[dim] or (size == 1 and value.dim() == len(cut.before))
             for size, dim in zip(value.shape, dims, strict=True)
         ) and not any(_is_same(kept, other) for other in fits):
             fits.append(kept)
     if len(fits) != 1:
         why = "does not fit" if not fits else "does not tell which dimensions it has of"
         raise ValueError(
-            f"{what} has the shape {tuple(value.shape)}, which {why} a parameter that was cut to {tuple(cut.shape)} in "
-            f"dimensions {sorted(cut.kept)}; remove the entry from optimizer.state to let it start afresh"
+            f"{what} has the shape {tuple(value.shape)}, which {why} a parameter that was cut from "
+            f"{tuple(cut.before)} to {tuple(cut.after)}; remove the entry from optimizer.state to let it start afresh"
         )
     return select(value, fits[0])
-
-
-def _is_size(size: int, cut: _Cut, dim: int, sizes: dict[int, int]) -> bool:
-    """Whether a dimension of the parameter had this size before the cut."""
-    if dim not in cut.kept:
-        return size == cut.shape[dim]
-    return size == sizes.get(dim, size) and size > int(cut.kept[dim].max())
 
 
 def _is_same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
@@ -281,11 +263,10 @@ def _cut_copy(copy: nn.Module, cuts: dict[Tensor, _Cut]) -> list[tuple[Tensor, T
     new = []
     for cut in cuts.values():
         tensor = tensors[cut.name]
-        sizes = tuple(tensor.shape)
-        if len(sizes) != len(cut.shape) or not all(_is_size(size, cut, dim, {}) for dim, size in enumerate(sizes)):
+        if list(tensor.shape) != cut.before:
             raise ValueError(
-                f"{cut.name} has the shape {sizes} in {type(copy).__name__}, which the records cannot cut to "
-                f"{tuple(cut.shape)}: hand in a copy that was made before the cut"
+                f"{cut.name} has the shape {tuple(tensor.shape)} in {type(copy).__name__}, which the records do not "
+                f"cut to {tuple(cut.after)}: hand in a copy that was made before the cut"
             )
         grad = None if tensor.grad is None else select(tensor.grad, cut.kept)
         new.append((tensor, select(tensor, cut.kept), grad))

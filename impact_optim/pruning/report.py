@@ -13,8 +13,6 @@ from .graph import UnitGraph
 from .plan import UNCUT, Plan, PruneRecord
 from .rehearsal import Inputs, Rehearsal
 
-__all__ = ["LayerReport", "ModelSize", "PruneReport", "model_size"]
-
 
 class ModelSize(NamedTuple):
     """MACs of one evaluation of the example inputs, and numbers of parameters."""
@@ -111,9 +109,13 @@ def model_size(model: nn.Module, inputs: Inputs | Rehearsal, plan: Plan = UNCUT)
         plan: a cut to be counted as if it had been made, from :meth:`UnitGraph.plan`.
     """
     rehearsal = inputs if isinstance(inputs, Rehearsal) else Rehearsal(*inputs)
+    return ModelSize(rehearsal.macs(model, plan), parameter_counts(model, plan))
+
+
+def parameter_counts(model: nn.Module, plan: Plan = UNCUT) -> dict[str, int]:
+    """Numbers of parameters as a plan would leave them, by module."""
     numel: dict[Tensor, int] = {}
     for name, param in model.named_parameters():
         kept = plan.kept.get(name, {})
         numel[param] = math.prod(len(kept[dim]) if dim in kept else size for dim, size in enumerate(param.shape))
-    parameters = {name: sum(numel[p] for p in module.parameters()) for name, module in model.named_modules()}
-    return ModelSize(rehearsal.macs(model, plan), parameters)
+    return {name: sum(numel[p] for p in module.parameters()) for name, module in model.named_modules()}

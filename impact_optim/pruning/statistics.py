@@ -13,7 +13,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,11 @@ def coarsened(counts: Tensor, shift: Tensor) -> Tensor:
 # -- Rademacher complexity ------------------------------------------------------------------------------------------
 
 
-def rademacher_signs(first: int, n: int, projections: int, *, seed: int = 0, rank: int = 0) -> Tensor:
+# All layers see the same samples, so that one batch needs the signs of few counters.
+@functools.lru_cache(maxsize=8)
+def rademacher_signs(
+    first: int, n: int, projections: int, seed: int = 0, rank: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
     """The signs σ of n consecutive samples under each projection, ±1, float64 [projections, n].
 
     A sign is a function of (seed, rank, index of the sample, projection) and of nothing else, the same on every
@@ -85,28 +89,23 @@ def rademacher_signs(first: int, n: int, projections: int, *, seed: int = 0, ran
         projections: how many independent vectors of signs, at most 128.
         seed: in [0, 2^64).
         rank: number of the data-parallel process.
+        device: of the result, which calls share: not to be written to.
     """
     sample = torch.arange(first, first + n)
     words = philox4x32((sample & _WORD, rank, _SIGNS, 0), (seed & _WORD, seed >> 32 & _WORD))
     bits = torch.stack(words).unsqueeze(1) >> torch.arange(32).view(1, 32, 1) & 1
-    return bits.flatten(0, 1)[:projections].double() * 2.0 - 1.0
+    return (bits.flatten(0, 1)[:projections].double() * 2.0 - 1.0).to(device)
 
 
-# All layers see the same samples, so that one batch needs the signs of few counters.
-@functools.lru_cache(maxsize=8)
-def _signs(first: int, n: int, projections: int, seed: int, rank: int, device: torch.device) -> Tensor:
-    return rademacher_signs(first, n, projections, seed=seed, rank=rank).to(device)
-
-
-def rademacher_complexity(projections: Tensor, n: Tensor | int, radius: Tensor | float = 1.0) -> Tensor:
+def rademacher_complexity(projections: Tensor, n: Tensor | int) -> Tensor:
     r"""The empirical Rademacher complexity of the linear functions of a vector of features.
 
-    For :math:`F = \{x \mapsto \langle w, a(x) \rangle : \|w\|_2 \le B\}` the supremum is a norm:
+    For :math:`F = \{x \mapsto \langle w, a(x) \rangle : \|w\|_2 \le 1\}` the supremum is a norm:
 
     .. math::
         R(F) = \tfrac{1}{n} \, E_\sigma \sup_{f \in F} \sum_i \sigma_i f(x_i)
-             = \tfrac{B}{n} \, E_\sigma \Big\| \sum_i \sigma_i a(x_i) \Big\|_2
-             \le \tfrac{B}{n} \sqrt{\textstyle\sum_i \|a(x_i)\|^2}.
+             = \tfrac{1}{n} \, E_\sigma \Big\| \sum_i \sigma_i a(x_i) \Big\|_2
+             \le \tfrac{1}{n} \sqrt{\textstyle\sum_i \|a(x_i)\|^2}.
 
     Khintchine's inequality bounds it from below by the same over √2: for one feature alone, R is its root mean square
     up to that factor.
@@ -114,7 +113,6 @@ def rademacher_complexity(projections: Tensor, n: Tensor | int, radius: Tensor |
     Args:
         projections: :math:`\sum_i \sigma_i a(x_i)` for each vector of signs, [..., signs, features].
         n: number of samples, broadcastable to [...].
-        radius: B, broadcastable to [...].
 
     Returns:
         [...], the mean over the given vectors of signs.
@@ -122,13 +120,13 @@ def rademacher_complexity(projections: Tensor, n: Tensor | int, radius: Tensor |
     Source: Bartlett & Mendelson, Rademacher and Gaussian complexities, JMLR 2002; Haagerup, The best constants in the
     Khintchine inequality, 1981.
     """
-    return projections.norm(dim=-1).mean(-1) * radius / n
+    return projections.norm(dim=-1).mean(-1) / n
 
 
 def complexity_lost(projections: Tensor, order: Tensor) -> Tensor:
     r"""The share of a layer's Rademacher complexity that goes with its first j features in an order.
 
-    It is :math:`1 - R(F_j) / R(F_0)` with F_j the linear functions of the features that are left (B drops out): 0 for
+    It is :math:`1 - R(F_j) / R(F_0)` with F_j the linear functions of the features that are left: 0 for
     j = 0, 1 for all, and never falling. A layer without complexity loses j over the number of features.
 
     Args:
@@ -147,22 +145,15 @@ def complexity_lost(projections: Tensor, order: Tensor) -> Tensor:
 # -- responses ------------------------------------------------------------------------------------------------------
 
 
-class ChannelResponses(NamedTuple):
-    """What is kept of an activation: a mean and a count per sample and channel."""
-
-    mean: Tensor
-    """Over positions, [samples, channels], float32 (float64 of a float64 activation)."""
-    positive: Tensor
-    """Positions where the activation is above 0, [samples, channels]; a whole number in a floating type."""
-    positions: int
-
-
-def channel_responses(activation: Tensor, dim: int) -> ChannelResponses:
+def channel_responses(activation: Tensor, dim: int) -> Tensor:
     """Averages an activation over all dimensions but the samples' (the first) and the channels'.
 
     Args:
         activation: of any floating type.
         dim: the channels' dimension; not the first.
+
+    Returns:
+        [samples, channels], float32, or float64 of a float64 activation.
 
     Raises:
         TypeError, ValueError: the activation is not of that form.
@@ -175,13 +166,8 @@ def channel_responses(activation: Tensor, dim: int) -> ChannelResponses:
             "holds the samples, or is not there"
         )
     dtype = torch.promote_types(activation.dtype, torch.float32)
-    # Into the activation's own type: on a CPU five times as fast as a boolean tensor and its sum.
-    positive = torch.gt(activation, 0, out=torch.empty_like(activation))
     others = [d for d in range(1, activation.ndim) if d != dim % activation.ndim]
-    if not others:
-        return ChannelResponses(activation.to(dtype), positive.to(dtype), 1)
-    positions = math.prod(activation.shape[d] for d in others)
-    return ChannelResponses(activation.mean(others, dtype=dtype), positive.sum(others, dtype=dtype), positions)
+    return activation.mean(others, dtype=dtype) if others else activation.to(dtype)
 
 
 def _channels_of(units: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -208,8 +194,7 @@ class UnitStatistics:
     - ``projections``: :math:`\sum_i \sigma_i a(x_i)` for fixed random signs, and ``signs``: :math:`\sum_i \sigma_i`.
     - ``total``: :math:`\sum_i a(x_i)`, and ``energy``: :math:`\sum_i a(x_i)^2`. Like the projections they are float64,
       and equal up to its rounding in whichever order.
-    - ``positive`` of ``positions`` activations were above 0.
-    - ``seen`` responses entered; ``nonfinite`` were left out of everything.
+    - ``seen`` responses entered; what is not finite is left out of everything.
 
     ``samples`` is the index of the next sample in the stream of signs. Set it to give a shard of the data its place.
     The accumulators follow the activations to their device.
@@ -226,7 +211,7 @@ class UnitStatistics:
         "projections",  # float64 [projections, units]
         "signs",  # int32 [projections, units]
         *("total", "energy"),  # float64 [units]
-        *("seen", "nonfinite", "positive", "positions"),  # int64 [units]
+        "seen",  # int64 [units]
     )
 
     def __init__(self, size: int, *, seed: int = 0, rank: int = 0) -> None:
@@ -236,7 +221,7 @@ class UnitStatistics:
         self.projections = torch.zeros(_PROJECTIONS, size, dtype=torch.float64)
         self.signs = torch.zeros(_PROJECTIONS, size, dtype=torch.int32)
         self.total, self.energy = torch.zeros(2, size, dtype=torch.float64)
-        self.seen, self.nonfinite, self.positive, self.positions = torch.zeros(4, size, dtype=torch.int64)
+        self.seen = torch.zeros(size, dtype=torch.int64)
 
     @property
     def size(self) -> int:
@@ -244,63 +229,51 @@ class UnitStatistics:
         return len(self.exponent)
 
     @torch.no_grad()
-    def update(self, channels: ChannelResponses, units: Tensor) -> None:
+    def update(self, channels: Tensor, units: Tensor) -> None:
         """Takes in the responses to a batch, which several groups may share.
 
         Args:
-            channels: from :func:`channel_responses`.
+            channels: from :func:`channel_responses`, [samples, channels].
             units: int64 on the CPU, [channels]: the unit that each channel belongs to, -1 for none.
 
         Raises:
             ValueError: they are not of one layer; nothing has been taken in.
         """
-        if len(units) != channels.mean.shape[1]:
-            raise ValueError(f"units are given for {len(units)} channels, the activation has {channels.mean.shape[1]}")
-        n = len(channels.mean)
-        with torch.autocast(channels.mean.device.type, enabled=False):
-            for i in range(0, n, _ROWS):
-                rows = slice(i, i + _ROWS)
-                part = ChannelResponses(channels.mean[rows], channels.positive[rows], channels.positions)
+        if len(units) != channels.shape[1]:
+            raise ValueError(f"units are given for {len(units)} channels, the activation has {channels.shape[1]}")
+        with torch.autocast(channels.device.type, enabled=False):
+            for part in channels.split(_ROWS) if len(channels) else ():
                 self._add(part, units)
 
-    def _add(self, channels: ChannelResponses, units: Tensor) -> None:
-        response, positive, positions, valid = self._of_units(channels, units)
-        n = len(response)
-        signs = _signs(self.samples, n, len(self.projections), self.seed, self.rank, response.device)
-        self.samples += n
+    def _add(self, channels: Tensor, units: Tensor) -> None:
+        response, valid = self._of_units(channels, units)
+        signs = rademacher_signs(
+            self.samples, len(response), len(self.projections), self.seed, self.rank, response.device
+        )
+        self.samples += len(response)
         self._count(response, valid)
         self.projections.addmm_(signs, response)
         self.signs += (signs @ valid.double()).int()
         self.total += response.sum(0)
         self.energy += response.square().sum(0)
-        seen = valid.sum(0)
-        self.seen += seen
-        self.nonfinite += n * (positions > 0) - seen
-        self.positive += positive.sum(0).long()
-        self.positions += seen * positions
+        self.seen += valid.sum(0)
 
-    def _of_units(self, channels: ChannelResponses, units: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Responses [samples, units] with zeros for those left out, positive activations, positions of a response, and
-        which enter."""
-        mean, positive = channels.mean, channels.positive
-        if mean.device.type == "mps":  # has no float64
-            mean, positive = mean.cpu(), positive.cpu()
-        device = mean.device
+    def _of_units(self, channels: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Responses, float64 [samples, units] with zeros for those left out, and which enter."""
+        response = channels.cpu() if channels.device.type == "mps" else channels  # has no float64
+        device = response.device
         self.to(device)
-        if units.equal(torch.arange(self.size)):
-            number: Tensor | int = 1
-        else:
-            table, number = _channels_of(units, self.size)
-            several = table.shape[1] > 1
-            table, number = table.to(device, non_blocking=True), number.to(device, non_blocking=True)
-            # -1 picks the column of zeros at the end.
-            mean, positive = (nn.functional.pad(t, (0, 1))[:, table] for t in (mean, positive))
-            positive = positive.sum(-1)
-            mean = (mean.double().square().sum(-1) / number.clamp_min(1)).sqrt() if several else mean.squeeze(-1)
-        positions = channels.positions * number * torch.ones_like(self.seen)
-        valid = mean.isfinite() & (positions > 0)
-        zero = mean.new_zeros(())
-        return torch.where(valid, mean, zero).double(), torch.where(valid, positive, zero), positions, valid
+        has_channels: Tensor | bool = True
+        if not units.equal(torch.arange(self.size)):
+            table, number = (t.to(device, non_blocking=True) for t in _channels_of(units, self.size))
+            response = nn.functional.pad(response, (0, 1))[:, table]  # -1 picks the column of zeros at the end
+            if table.shape[1] > 1:
+                response = (response.double().square().sum(-1) / number.clamp_min(1)).sqrt()
+            else:
+                response = response.squeeze(-1)
+            has_channels = number > 0
+        valid = response.isfinite() & has_channels
+        return torch.where(valid, response.double(), 0.0), valid
 
     def _count(self, response: Tensor, valid: Tensor) -> None:
         size, bins = self.counts.shape
@@ -332,23 +305,6 @@ class UnitStatistics:
         """
         return entropy(coarsened(self.counts, self.exponent.amax() - self.exponent))
 
-    def active_share(self) -> Tensor:
-        r"""The share of activations above 0, over inputs and positions: one minus the average percentage of zeros.
-
-        Source: Hu et al., Network trimming, 2016.
-        """
-        return self.positive.double() / self.positions.clamp_min(1)
-
-    def state_entropy(self) -> Tensor:
-        r"""Entropy in bits of the state of a unit, on (above 0) or off, over inputs and positions.
-
-        :math:`H = -p \log_2 p - (1 - p) \log_2 (1 - p)` with p the :meth:`active_share`. Behind a ReLU it is 0 for a
-        unit that never answers, and for one that is always on and thus a linear function, which others can learn.
-
-        Source: Liao et al., Can unstructured pruning reduce the depth in deep neural networks?, ICCV workshops 2023.
-        """
-        return entropy(torch.stack([self.positive, self.positions - self.positive], -1))
-
     def mean(self) -> Tensor:
         """Mean response."""
         return self.total / self.seen.clamp_min(1)
@@ -379,7 +335,7 @@ class UnitStatistics:
         return {name: getattr(self, name) for name in self._FIELDS}
 
     @torch.no_grad()
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> UnitStatistics:
+    def all_reduce(self) -> UnitStatistics:
         """The statistics of all processes together, the same on each; these go on with those of their own process.
 
         Every process has to call it. Without ``torch.distributed`` it is a copy.
@@ -387,11 +343,11 @@ class UnitStatistics:
         result = copy.deepcopy(self)
         if dist.is_available() and dist.is_initialized():
             largest = self.exponent.clone()
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
             result._coarsen(largest)
             for name, tensor in result._tensors().items():
                 if name != "exponent":
-                    dist.all_reduce(tensor, group=group)
+                    dist.all_reduce(tensor)
         return result
 
     def keep(self, kept: Tensor) -> None:
@@ -421,18 +377,12 @@ class UnitStatistics:
         Raises:
             ValueError: the state is that of other units; nothing has been loaded.
         """
-        self.check(state)
+        for name, own in self._tensors().items():
+            if name not in state or (state[name].shape, state[name].dtype) != (own.shape, own.dtype):
+                raise ValueError(f"{name} of the statistics is missing, or that of other units")
         for name, own in self._tensors().items():
             own.copy_(state[name])
         self.samples, self.seed = int(state["samples"]), int(state["seed"])
-
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Raises what :meth:`load_state_dict` would."""
-        for name, own in self.state_dict().items():
-            if name not in state or (
-                isinstance(own, Tensor) and (state[name].shape, state[name].dtype) != (own.shape, own.dtype)
-            ):
-                raise ValueError(f"{name} of the statistics is missing, or that of other units")
 
 
 # -- hooks ----------------------------------------------------------------------------------------------------------
@@ -464,23 +414,13 @@ class ActivationStatistics:
         model: whose modules the graph names; not a wrapper around it.
         graph: its groups.
         every: record one training pass in so many.
-        seed: of the random signs.
-        rank: number of the data-parallel process; that of ``torch.distributed`` by default.
+        seed: of the random signs, which each data-parallel process has its own of.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: UnitGraph,
-        *,
-        every: int = 8,
-        seed: int = 0,
-        rank: int | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, graph: UnitGraph, *, every: int = 8, seed: int = 0) -> None:
         if every < 1:
             raise ValueError(f"every is {every}; it must be at least 1")
-        if rank is None:
-            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self.model, self.graph, self.every = model, graph, every
         self.batches = 0
         device = next((p.device for p in model.parameters() if p.device.type != "mps"), torch.device("cpu"))
@@ -500,10 +440,12 @@ class ActivationStatistics:
             for i, place in enumerate(observed(group)):
                 sites.setdefault((place.module, place.where, place.dim), []).append((name, i))
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        self._handles.append(self.model.register_forward_pre_hook(_Hook(self, _begin)))
-        self._handles.append(self.model.register_forward_hook(_Hook(self, _end), always_call=True))
-        for (module, where, dim), places in sites.items():
-            hook = _Hook(self, functools.partial(_observe, module, where, dim, places))
+        begin, end = (_Hook(self, action) for action in (ActivationStatistics._begin, ActivationStatistics._end))
+        self._handles.append(self.model.register_forward_pre_hook(begin))
+        self._handles.append(self.model.register_forward_hook(end, always_call=True))
+        for site, places in sites.items():
+            (module, where, _) = site
+            hook = _Hook(self, functools.partial(ActivationStatistics._observe, site=site, places=places))
             if where == "input":
                 self._handles.append(modules[module].register_forward_pre_hook(hook, with_kwargs=True))
             else:
@@ -516,9 +458,40 @@ class ActivationStatistics:
         self._handles.clear()
         self._recording = False
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, list[UnitStatistics]]:
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        if _trains(model):
+            self._recording = self.batches % self.every == 0
+            self.batches += 1
+
+    # What comes after the pass is none of a batch: a recomputation in the backward pass, a part called by itself.
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if _trains(model):
+            self._recording = False
+
+    def _observe(
+        self, module: nn.Module, *args: Any, site: tuple[str, str, int], places: list[tuple[str, int]]
+    ) -> None:
+        if not self._recording:
+            return
+        name, where, dim = site
+        # A hook of the input gets arguments by position and by name, one of the output gets that last.
+        activation = args[-1] if where == "output" else (*args[0], *args[1].values())[0]
+        if isinstance(activation, FakeTensor):
+            return
+        if not isinstance(activation, Tensor):
+            raise TypeError(f"the {where} of {name!r} is a {type(activation).__name__}, not a tensor")
+        try:
+            with torch.no_grad():
+                responses = channel_responses(activation, dim)
+                for group, i in places:
+                    units = observed(self.graph.groups[group])[i].units
+                    self.groups[group][i].update(responses, units)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"no statistics of the {where} of {name!r}: {error}") from error
+
+    def all_reduce(self) -> dict[str, list[UnitStatistics]]:
         """``groups`` with the statistics of all processes together; see :meth:`UnitStatistics.all_reduce`."""
-        return {name: [place.all_reduce(group) for place in places] for name, places in self.groups.items()}
+        return {name: [place.all_reduce() for place in places] for name, places in self.groups.items()}
 
     def keep(self, plan: Plan) -> None:
         """After a cut: keeps the statistics of the units that are left."""
@@ -542,17 +515,15 @@ class ActivationStatistics:
         """Copies what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of other groups; nothing has been loaded.
+            ValueError: the state is that of other groups.
         """
         own, other = ({name: len(places) for name, places in g.items()} for g in (self.groups, state["groups"]))
         if other != own:
             differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
             raise ValueError(f"the statistics are of other groups or places; they differ in {differing[:5]}")
-        pairs = [pair for name in own for pair in zip(self.groups[name], state["groups"][name], strict=True)]
-        for place, its in pairs:
-            place.check(its)
-        for place, its in pairs:
-            place.load_state_dict(its)
+        for name, places in self.groups.items():
+            for place, its in zip(places, state["groups"][name], strict=True):
+                place.load_state_dict(its)
         self.batches = int(state["batches"])
 
 
@@ -574,61 +545,14 @@ class _Hook:
         if statistics is not None:
             self.action(statistics, module, *args)
 
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _detached_hook, ()
-
-
-def _detached_hook() -> Callable[..., None]:
-    return _do_nothing
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (_do_nothing,)
 
 
 def _do_nothing(*args: Any) -> None:
     """What a copied hook does."""
 
 
-def _begin(statistics: ActivationStatistics, model: nn.Module, args: Any) -> None:
-    if not _trains(model):
-        return
-    statistics._recording = statistics.batches % statistics.every == 0
-    statistics.batches += 1
-
-
-# What comes after the pass is none of a batch: a recomputation in the backward pass, a part called by itself.
-def _end(statistics: ActivationStatistics, model: nn.Module, args: Any, output: Any) -> None:
-    if _trains(model):
-        statistics._recording = False
-
-
 # Batch norm is renewed in training mode, but without gradients: those batches have been seen already.
 def _trains(model: nn.Module) -> bool:
     return model.training and torch.is_grad_enabled()
-
-
-def _observe(
-    name: str,
-    where: str,
-    dim: int,
-    places: list[tuple[str, int]],
-    statistics: ActivationStatistics,
-    module: nn.Module,
-    *args: Any,
-) -> None:
-    if not statistics._recording:
-        return
-    activation = args[-1] if where == "output" else _first_argument(*args)
-    if isinstance(activation, FakeTensor):
-        return
-    if not isinstance(activation, Tensor):
-        raise TypeError(f"the {where} of {name!r} is a {type(activation).__name__}, not a tensor")
-    try:
-        with torch.no_grad():
-            responses = channel_responses(activation, dim)
-            for group, i in places:
-                units = observed(statistics.graph.groups[group])[i].units
-                statistics.groups[group][i].update(responses, units)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"no statistics of the {where} of {name!r}: {error}") from error
-
-
-def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return (*args, *kwargs.values())[0]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .graph import UnitGraph
 from .plan import Plan, PruneRecord
-from .rehearsal import culprit
 from .stand_ins import first_names, named_tensors
 from .tracing import fault
 
@@ -40,26 +39,18 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
     _check_fit(model, graph, plan, tensors)
     if not plan.kept:
         return []
-    if (found := fault(model, graph, plan)) is not None and found.error is not None:
-        module, line = culprit(model, found.error)
-        raise RuntimeError(
-            f"The model would not run after the cut: {module or 'the model itself'} ({line}) stops with "
-            f"{type(found.error).__name__}: {found.error}. Nothing was changed. Leave out the groups that this module "
-            "uses."
-        ) from found.error
-    if found is not None:
+    if (found := fault(model, graph, plan)) is not None:
         raise RuntimeError(
             f"The model would not compute the same after the cut: {found.reason}. Nothing was changed. Its code "
             "depends on which units there are, or on their number; remove others, or fewer."
-        )
+        ) from found.error
     modules = dict(model.named_modules())
     changes = []
     for name, kept in plan.kept.items():
         tensor = tensors[name]
         grad = None if tensor.grad is None else select(tensor.grad, kept)
         changes.append((tensor, select(tensor, kept), grad))
-    before = [(tensor, tensor.data, tensor.grad) for tensor, *_ in changes]
-    sizes = {key: getattr(modules[key[0]], key[1]) for key in plan.sizes}
+    before, restore_graph = Snapshot([model]), graph.snapshot()
     try:
         for tensor, data, grad in changes:
             _give(tensor, data, grad)
@@ -67,13 +58,39 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
             setattr(modules[module], attribute, size)
         graph.forget(plan)
     except BaseException:
-        for tensor, data, grad in before:
-            _give(tensor, data, grad)
-        for (module, attribute), size in sizes.items():
-            if getattr(modules[module], attribute) != size:
-                setattr(modules[module], attribute, size)
+        before.restore()
+        restore_graph()
         raise
     return plan.records
+
+
+class Snapshot:
+    """What a cut and an evaluation after it may change of models, to go back to.
+
+    Parameters by reference: a cut gives them other memory, and an evaluation does not train.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        modules = [module for model in models for module in model.modules()]
+        self._attributes = [(module, dict(vars(module))) for module in modules]
+        params = {p: None for module in modules for p in module.parameters(recurse=False)}
+        buffers = {b: None for module in modules for b in module.buffers(recurse=False)}
+        self._params = [(param, param.data, param.grad) for param in params]
+        self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Can be called again."""
+        for module, attributes in self._attributes:
+            for key in vars(module).keys() - attributes.keys():
+                delattr(module, key)
+            vars(module).update(attributes)
+        for param, data, grad in self._params:
+            param.grad = None
+            param.data = data
+            param.grad = grad
+        for buffer, data, values in self._buffers:
+            buffer.data = data.copy_(values)
 
 
 def _check_fit(model: nn.Module, graph: UnitGraph, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attributes import SizeKey, numberless, settled_sizes
+from .attributes import SizeKey, settled_sizes
 from .coupling import CONSUMER, PRODUCER
 from .graph import LabelledAxis, UnitGraph, UnitGroup
 from .labels import Atoms, AxisKey, Mismatch, Value, core, varied
@@ -264,42 +264,16 @@ def _sample(graph: UnitGraph, end: int) -> dict[str, Tensor]:
 def _rehearse(model: nn.Module, graph: UnitGraph, samples: Iterable[Mapping[str, Tensor]]) -> None:
     """Freezes the groups that the model's code cannot follow."""
     for chosen in samples:
-
-        def alone(name: str, chosen: Mapping[str, Tensor] = chosen) -> Plan:
-            return graph.plan({name: chosen[name]})
-
         while graph.groups:
             found = fault(model, graph, graph.plan({name: chosen[name] for name in graph.groups}))
             if found is None:
                 break
+            alone = {name: graph.plan({name: chosen[name]}) for name in graph.groups}
             if found.error is not None:
-                guilty = _blamed(model, graph, alone, found.error)
+                errors = {name: graph.rehearsal.failure(model, plan) for name, plan in alone.items()}
+                guilty = {name: _failed(model, error).reason for name, error in errors.items() if error is not None}
             else:
-                names = graph.owners(found.labels) or [
-                    name for name in graph.groups if fault(model, graph, alone(name))
-                ]
-                guilty = dict.fromkeys(names or list(graph.groups), found.reason)
-            for name, reason in guilty.items():
-                graph.freeze([name], reason)
-
-
-def _blamed(model: nn.Module, graph: UnitGraph, alone: Callable[[str], Plan], error: Exception) -> dict[str, str]:
-    """The groups that a failed forward pass is due to, and those of other layers that fail as they do -> why."""
-
-    def failure(name: str) -> str:
-        raised = graph.rehearsal.failure(model, alone(name))
-        return _failed(model, raised).reason if raised is not None else ""
-
-    module, _ = culprit(model, error)
-    near = [name for name in graph.groups if _touches(graph.groups[name], module)] or list(graph.groups)
-    failures = {name: why for name in near if (why := failure(name))}
-    alike = {numberless(name) for name in failures}
-    for name in graph.groups:
-        if name not in near and numberless(name) in alike and (why := failure(name)):
-            failures[name] = why
-    return failures or dict.fromkeys(near, _failed(model, error).reason)
-
-
-def _touches(group: UnitGroup, module: str) -> bool:
-    places = [axis.name for axis in (*group.producers, *group.consumers)] + [seen.module for seen in group.observations]
-    return any(place == module or place.startswith(f"{module}." if module else "") for place in places)
+                names = graph.owners(found.labels) or [n for n, plan in alone.items() if fault(model, graph, plan)]
+                guilty = dict.fromkeys(names, found.reason)
+            for name, reason in (guilty or dict.fromkeys(graph.groups, found.reason)).items():
+                graph.freeze(name, reason)
