@@ -175,13 +175,15 @@ def shuffled_saliency(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tens
     return weight.mul(grad).abs_().neg_().reshape(-1).flip(0).view_as(grad)
 
 
-class GradualLAMP(ImpactSGD):
-    """Takes the sizes of weights by their layers, so that magnitude pruning over all layers empties none of them."""
+class GradualByDensities(ImpactSGD):
+    """SGD whose tensors keep their largest weights, and of these the share that the densities by size give them."""
 
     def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
-        weights = {p: lamp(p.detach()) for group in self.param_groups for p in group["params"] if p.dim() >= 2}
-        count = round((1.0 - sparsity) * sum(p.numel() for p in weights))
-        return super().sparsify(masks=dict(zip(weights, keep_largest(list(weights.values()), count), strict=True)))
+        weights = [p for group in self.param_groups for p in group["params"] if p.dim() >= 2]
+        densities = erdos_renyi([p.shape for p in weights], 1 - sparsity)
+        counts = [max(1, round(density * p.numel())) for p, density in zip(weights, densities, strict=True)]
+        masks = [keep_largest([p.detach().abs()], count)[0] for p, count in zip(weights, counts, strict=True)]
+        return super().sparsify(masks=dict(zip(weights, masks, strict=True)))
 
 
 class GradualPerTensor(ImpactAdamW):
@@ -192,18 +194,6 @@ class GradualPerTensor(ImpactAdamW):
 
     def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
         return super().sparsify(sparsity, scope="tensor", **options)
-
-
-def lamp(weight: Tensor) -> Tensor:
-    """The square of each weight over the sum of the squares of all that are not smaller in its tensor.
-
-    Source: Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, ICLR 2021.
-    """
-    squares = weight.double().square().flatten()
-    ordered, order = squares.sort(descending=True)
-    scores = torch.empty_like(squares)
-    scores[order] = ordered / ordered.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
-    return scores.view_as(weight)
 
 
 class StepLookahead(ImpactSGD):
@@ -301,8 +291,8 @@ PEERS = {
     "static": _rewired(None),
     "one-shot-magnitude": Peer("baseline", _one_shot),
     "targeted-dropout": Peer("baseline", _targeted),
-    "gradual-lamp": Peer(
-        "gradual-magnitude", lambda model, o, settings, steps, seed: GradualLAMP(model, seed=seed, **o)
+    "gradual-by-densities": Peer(
+        "gradual-magnitude", lambda model, o, _, __, seed: GradualByDensities(model, seed=seed, **o)
     ),
     "gradual-per-tensor": Peer(
         "gradual-magnitude", lambda model, o, _, __, seed: GradualPerTensor(model, seed=seed, **o)

@@ -161,26 +161,3 @@ def test_the_page_has_the_tables_that_the_runs_make():
     page = report.PAGE.read_text()
     assert page.count("<!-- table ") >= 7
     assert filled(page, report.TABLES) == page
-
-
-def test_lamp_scores_are_those_of_the_paper():
-    from peers import lamp
-
-    scores = lamp(torch.tensor([[1.0, -3.0], [2.0, 0.0]]))
-    assert torch.allclose(scores, torch.tensor([[1 / 14, 1.0], [4 / 13, 0.0]], dtype=torch.float64))
-
-
-def test_lamp_removes_the_smallest_of_each_layer_and_leaves_none_empty():
-    from peers import GradualLAMP
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
-    with torch.no_grad():
-        model[0].weight.mul_(1e-3)  # by magnitude all of it would go
-    optimizer = GradualLAMP(model, lr=0.1, importance="uniform", drop_rate=0.0)
-    before = [p.detach().clone() for p in model.parameters()]
-    report = optimizer.sparsify(0.9, by="magnitude")
-    assert report.sparsity == pytest.approx(0.9)
-    for tensor, weight in zip(report.tensors, before[::2], strict=True):
-        assert tensor.kept > 0
-        assert weight[tensor.mask].abs().min() >= weight[~tensor.mask].abs().max()

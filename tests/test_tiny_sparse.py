@@ -48,6 +48,25 @@ def test_rewired_networks_keep_their_sparsity_and_their_densities():
         assert any(moved) == (grow is not None)
 
 
+def test_gradual_magnitude_with_our_densities_keeps_the_largest_of_each_tensor():
+    from peers import GradualByDensities
+
+    from impact_optim.experiments.sparse import erdos_renyi
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30, bias=False), nn.ReLU(), nn.Linear(30, 5, bias=False))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = GradualByDensities(model, lr=0.1, importance="uniform", drop_rate=0.0)
+    for sparsity in (0.5, 0.8):
+        optimizer.sparsify(sparsity, by="magnitude")
+        for p, old, density in zip(
+            model.parameters(), before, erdos_renyi([p.shape for p in before], 1 - sparsity), strict=True
+        ):
+            kept = p != 0
+            assert kept.sum() == round(density * p.numel())
+            assert old[kept].abs().min() >= old[~kept].abs().max()
+
+
 def test_rigl_grows_where_the_gradient_is_large_and_set_anywhere():
     from peers import Rewired
 

@@ -41,10 +41,12 @@ def methods(task: Task, sparsity: float) -> list[Arm]:
         Arm("static random", "static", lrs=four),
         Arm("SET", "set", lrs=two, tune=every),
         Arm("RigL", "rigl", lrs=two, tune=every),
+        Arm("gradual magnitude, our densities", "gradual-by-densities", lrs=four),
+        Arm("our ramp, by magnitude", "magnitude", dict(RAMPED), (0.1,), lrs=four),
         Arm("ours", "saliency", dict(RAMPED), (0.1,), lrs=four),  # the ramp moves the drop rate
     ]
     if task == LENET:  # a threshold for every unit at every step takes three times as long as the rest of it
-        arms = [arm for arm in arms if arm.name != "targeted dropout"]
+        arms = [arm for arm in arms if arm.name != "targeted dropout" and "our " not in arm.name]
 
     def tuned_as(arm: Arm) -> tuple[str, str] | None:
         return None if sparsity == TUNED_AT else (question_of(task, TUNED_AT), arm.name)
