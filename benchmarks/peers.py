@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impact_optim import SIGNALS, ImpactAdamW, ImpactSGD, SparsityReport
+from impact_optim import SIGNALS, ImpactAdamW, ImpactSGD, SparsityReport, erdos_renyi
 from impact_optim.engine import _gradients_at
 from impact_optim.experiments.arms import build_optimizer
 from impact_optim.experiments.models import TransformerBlock
-from impact_optim.experiments.sparse import CannotBeSparse, erdos_renyi, ramp_epochs
+from impact_optim.experiments.sparse import CannotBeSparse, ramp_epochs
 from impact_optim.sparsity import keep_largest
 
 

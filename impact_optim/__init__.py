@@ -7,7 +7,7 @@ from .impact import Impact, TensorSummary
 from .impact_adamw import ImpactAdamW
 from .impact_sgd import ImpactSGD
 from .signals import SIGNALS
-from .sparsity import SparsityReport
+from .sparsity import SparsityReport, erdos_renyi
 
 if TYPE_CHECKING:
     from .pruning import ActivationPruner, load_pruned, save_pruned
@@ -21,6 +21,7 @@ __all__ = [
     "ImpactSGD",
     "SparsityReport",
     "TensorSummary",
+    "erdos_renyi",
     "load_pruned",
     "save_pruned",
 ]

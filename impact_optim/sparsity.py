@@ -15,7 +15,7 @@ from torch import Tensor
 from .importances import Simplex
 from .weights import empty_slices
 
-__all__ = ["SparseTensor", "SparsityReport"]
+__all__ = ["SparseTensor", "SparsityReport", "erdos_renyi"]
 
 
 class SparseTensor(NamedTuple):
@@ -58,6 +58,37 @@ class SparsityReport:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
         return "\n".join("  ".join(row) for row in cells)
+
+
+def erdos_renyi(shapes: Sequence[Sequence[int]], density: float, most: Sequence[int] | None = None) -> list[float]:
+    """Densities of layers that go with (inputs + outputs) / (inputs · outputs): small layers keep a larger share.
+
+    A kernel is one connection, of as many weights. In the form that counts its sizes as well (ERK), small convolutions
+    at the input lose too much.
+
+    Args:
+        shapes: of the tensors.
+        density: of all weights together.
+        most: how many weights each can keep; by default all.
+
+    Source: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018.
+
+    Example:
+        >>> [round(d, 2) for d in erdos_renyi([(100, 100), (10, 100)], 0.1)]
+        [0.07, 0.38]
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    most = sizes if most is None else most
+    raw = [(shape[0] + shape[1]) / (shape[0] * shape[1]) for shape in shapes]
+    full: set[int] = set()
+    while True:
+        rest = [i for i in range(len(sizes)) if i not in full]
+        left = density * sum(sizes) - sum(most[i] for i in full)
+        scale = left / sum(raw[i] * sizes[i] for i in rest) if rest else 0.0
+        over = {i for i in rest if scale * raw[i] * sizes[i] > most[i]}
+        if not over:
+            return [max(0.0, scale * raw[i]) if i in rest else most[i] / sizes[i] for i in range(len(sizes))]
+        full |= over
 
 
 def choose(

@@ -19,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from impact_optim import ImpactAdamW, ImpactSGD
+from impact_optim import ImpactAdamW, ImpactSGD, erdos_renyi
 from impact_optim.experiments import cli, training
 from impact_optim.experiments import data as data_module
 from impact_optim.experiments.arms import ARMS, DEFAULT_ARMS, arm_options, build_optimizer
@@ -38,7 +38,7 @@ from impact_optim.experiments.data import (
 from impact_optim.experiments.models import MODELS, build_model, sine_cosine_positions
 from impact_optim.experiments.pruning import PrunedNetwork, Pruning, format_pruned_table, latency, parse_schedule
 from impact_optim.experiments.results import BITS, ResultsFolder, format_table, summarise, verdict
-from impact_optim.experiments.sparse import SparseFinish, erdos_renyi, layer_densities
+from impact_optim.experiments.sparse import SparseFinish, layer_densities
 from impact_optim.experiments.training import Recipe, evaluate, expected_drop, train
 from impact_optim.pruning import LayerReport, PruneReport, load_pruned
 
@@ -600,19 +600,6 @@ def test_every_way_to_a_sparse_network_gets_there(digits, tmp_path):
     # The same ramp of the drop rate, then the most important weights and no masks.
     assert [line["sparsity"] for line in lines["saliency"]] == pytest.approx([*[0] * 6, 0.9, 0.9], abs=1e-3)
     assert [line["dropped"] for line in lines["saliency"]] == pytest.approx([*ramp[:6], 0, 0], abs=2e-3)
-
-
-def test_densities_go_with_the_sizes_of_layers_and_meet_the_total():
-    shapes = [(100, 100), (10, 100), (3, 2), (25, 25, 3)]
-    sizes = [10_000, 1000, 6, 1875]
-    densities = erdos_renyi(shapes, 0.3)
-    assert max(densities) <= 1
-    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(0.3 * sum(sizes))
-    assert densities[3] / densities[0] == pytest.approx((50 / 625) / (200 / 10_000))  # a kernel counts as one
-    most = [10_000, 1000, 6, 200]  # the others take over what a tensor has no room for
-    densities = erdos_renyi(shapes, 0.3, most)
-    assert densities[3] == 200 / 1875
-    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(0.3 * sum(sizes))
 
 
 @pytest.mark.parametrize("simplex", ["tensor", "group"])

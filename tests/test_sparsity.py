@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from impact_optim import ActivationPruner, Impact, ImpactAdamW, ImpactSGD, load_pruned, save_pruned
+from impact_optim import ActivationPruner, Impact, ImpactAdamW, ImpactSGD, erdos_renyi, load_pruned, save_pruned
 from impact_optim.sparsity import keep_largest, keep_pattern, parse_pattern
 
 OPTIONS = {"drop_rate": 0.3, "importance_lr": 0.05, "kl_weight": 0.3}
@@ -1053,3 +1053,16 @@ def test_a_step_of_the_base_that_fails_leaves_dense_gradients(face, monkeypatch)
     for masked, dense in zip(seen, grads, strict=True):
         factor = (masked / dense)[masked != 0]
         assert factor.max() <= 1 / 0.05 + 1e-3
+
+
+def test_densities_go_with_the_sizes_of_layers_and_meet_the_total():
+    shapes = [(100, 100), (10, 100), (3, 2), (25, 25, 3)]
+    sizes = [10_000, 1000, 6, 1875]
+    densities = erdos_renyi(shapes, 0.3)
+    assert max(densities) <= 1
+    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(0.3 * sum(sizes))
+    assert densities[3] / densities[0] == pytest.approx((50 / 625) / (200 / 10_000))  # a kernel counts as one
+    most = [10_000, 1000, 6, 200]  # the others take over what a tensor has no room for
+    densities = erdos_renyi(shapes, 0.3, most)
+    assert densities[3] == 200 / 1875
+    assert sum(d * n for d, n in zip(densities, sizes, strict=True)) == pytest.approx(0.3 * sum(sizes))

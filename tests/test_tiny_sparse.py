@@ -51,7 +51,7 @@ def test_rewired_networks_keep_their_sparsity_and_their_densities():
 def test_gradual_magnitude_with_our_densities_keeps_the_largest_of_each_tensor():
     from peers import GradualByDensities
 
-    from impact_optim.experiments.sparse import erdos_renyi
+    from impact_optim import erdos_renyi
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30, bias=False), nn.ReLU(), nn.Linear(30, 5, bias=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..drop_rate import DropRateScheduler
 from ..pruning import ramp
+from ..sparsity import erdos_renyi
 from .arms import GRADUAL, Masked
 
 RAMP = 0.75  # of the epochs, as in Zhu & Gupta: then the network is sparse, and what is left trains on
@@ -29,8 +29,8 @@ class SparseFinish:
     """Makes a network sparse in one training run, the way of its arm.
 
     - Arms that drop by importance ramp their drop rate up to the sparsity, and keep the most important weights then.
-      Parameter groups share the sparsity as :func:`erdos_renyi` has it: importances are of one group, and say nothing
-      about another. A ``keep_floor`` is lowered to a tenth of that at most.
+      Parameter groups share the sparsity as :func:`~impact_optim.erdos_renyi` has it: importances are of one group, and
+      say nothing about another. A ``keep_floor`` is lowered to a tenth of that at most.
     - ``gradual-magnitude`` removes the smallest weights before every epoch of the same ramp (Zhu & Gupta, 2017).
     - Arms without importances are cut to their largest weights after the last epoch.
 
@@ -120,37 +120,6 @@ class SparseFinish:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state_dict)
-
-
-def erdos_renyi(shapes: Sequence[Sequence[int]], density: float, most: Sequence[int] | None = None) -> list[float]:
-    """Densities of layers that go with (inputs + outputs) / (inputs · outputs): small layers keep a larger share.
-
-    A kernel is one connection, of as many weights. In the form that counts its sizes as well (ERK), small convolutions
-    at the input lose too much.
-
-    Args:
-        shapes: of the tensors.
-        density: of all weights together.
-        most: how many weights each can keep; by default all.
-
-    Source: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018.
-
-    Example:
-        >>> [round(d, 2) for d in erdos_renyi([(100, 100), (10, 100)], 0.1)]
-        [0.07, 0.38]
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    most = sizes if most is None else most
-    raw = [(shape[0] + shape[1]) / (shape[0] * shape[1]) for shape in shapes]
-    full: set[int] = set()
-    while True:
-        rest = [i for i in range(len(sizes)) if i not in full]
-        left = density * sum(sizes) - sum(most[i] for i in full)
-        scale = left / sum(raw[i] * sizes[i] for i in rest) if rest else 0.0
-        over = {i for i in rest if scale * raw[i] * sizes[i] > most[i]}
-        if not over:
-            return [max(0.0, scale * raw[i]) if i in rest else most[i] / sizes[i] for i in range(len(sizes))]
-        full |= over
 
 
 class LayerDensity(NamedTuple):
