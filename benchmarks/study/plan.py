@@ -144,11 +144,12 @@ TRANSFORMERS = [
     Arm("saliency", "saliency", drop_rates=None),
     Arm("magnitude", "magnitude", drop_rates=None),
 ]
+ONE_SIMPLEX = {"simplex": "group", "kl_weight": 0.3}
 SPARSE_TRANSFORMERS = [
     Arm("gradual magnitude, of all", "gradual-magnitude", sparsity=0.9),
     Arm("gradual magnitude, of each", "gradual-per-tensor", sparsity=0.9),
-    Arm("saliency ramp", "saliency", drop_rates=(0.1,), sparsity=0.9),
-    Arm("magnitude ramp", "magnitude", drop_rates=(0.1,), sparsity=0.9),
+    Arm("saliency ramp, one simplex", "saliency", ONE_SIMPLEX, (0.1,), sparsity=0.9),
+    Arm("magnitude ramp, one simplex", "magnitude", ONE_SIMPLEX, (0.1,), sparsity=0.9),
 ]
 SETTINGS = [
     Arm(f"λ = {kl_weight:g}, η = {lr:g}", "saliency", {"kl_weight": kl_weight, "importance_lr": lr}, (0.1,))
