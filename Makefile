@@ -8,11 +8,11 @@ QUICK := test_simplex test_masking test_drop_rate test_sampling test_reference t
 
 .PHONY: demo test test-quick test-slow lint docs figures clean
 
-# Learning rates are those that the study (benchmarks/study) found on a validation split.
+# Learning rates are those that the study (benchmarks/study) found for these digits on a validation split.
 demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones: 3 seeds, under 3 minutes; runs/demo*
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --drop-rate 0.3 --threads 1 --out runs/demo \
 		--arms baseline dropconnect impacts impacts+regularization saliency \
-		--lr 0.1 --set baseline.lr=0.05 --set impacts.lr=0.05 --set saliency.lr=0.2
+		--lr 0.1 --set baseline.lr=0.05
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --model cnn --epochs 20 --threads 1 \
 		--out runs/demo-pruned --arms baseline saliency --prune 8:0.3,14:0.5
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --lr 0.1 --threads 1 --out runs/demo-sparse \
