@@ -253,8 +253,6 @@ def draw() -> None:
         rows = rows_of("source-resnet")
         convergence("resnet_convergence", task, rows)
         histograms("resnet_histogram", task, [row for row in rows if "λ" in row[0] or row[0] == "saliency"])
-    for task in tasks_of("transformers"):
-        convergence(f"convergence_{task.name}", task, rows_of("transformers"))
 
 
 def main() -> None:
