@@ -187,7 +187,7 @@ def forest(name: str, tasks: list[Task], rows: Rows, reference: Reference, versu
 
     if not tasks:
         return
-    figure = Figure(figsize=(2.4 * len(tasks) + 1.8, 0.32 * len(rows) + 1.0), layout="constrained")
+    figure = Figure(figsize=(max(6.8, 2.4 * len(tasks) + 1.8), 0.32 * len(rows) + 1.0), layout="constrained")
     axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     pairs = [(task, arm) for task in tasks for _, arm in rows if arm != reference(task)]
     is_cut = False
@@ -203,7 +203,7 @@ def forest(name: str, tasks: list[Task], rows: Rows, reference: Reference, versu
         ax.set_yticks(range(len(rows)), [title for title, _ in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         low, high = ax.get_xlim()
-        ax.set_xlim(max(low, -20.5), high)
+        ax.set_xlim(max(low, -20.5), min(high, 60))
         ax.grid(axis="x", color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
     label = f"test accuracy − {versus}: points, 95% intervals" + (" (below −20: at −20)" if is_cut else "")

@@ -167,7 +167,11 @@ def draw() -> None:
     from impact_optim.plots import arm_colors
 
     names = [arm.name for arm in methods(MLP, TUNED_AT)]
-    colors = arm_colors(names)
+    parts = [name for name in names if "our " in name]  # of ours, one by one
+    colors = {
+        **arm_colors([name for name in names if name not in parts]),
+        **dict(zip(parts, ("0.4", "0.7"), strict=True)),
+    }
     tasks = [task for task in TASKS if values(task, dense(task))]
     figure = Figure(figsize=(3.4 * len(tasks) + 1.8, 3.4), layout="constrained")
     for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
@@ -181,7 +185,8 @@ def draw() -> None:
                 yerr=[stdev(v) for _, v in found],
                 label=arm.name,
                 color=colors[arm.name],
-                linestyle="-" if arm.name == "ours" else "--",
+                linestyle="-" if arm.name == "ours" else ":" if arm.name in parts else "--",
+                linewidth=2.5 if arm.name == "ours" else 1.2,
                 marker="o",
                 markersize=4,
                 capsize=2,
