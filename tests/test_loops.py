@@ -224,6 +224,26 @@ def test_lookahead_tries_the_step_of_all_groups_at_once():
     assert any((optimizer.importance(p) - 1).abs().max() > 0.1 for p in weights)  # else it would show nothing
 
 
+@every_face
+def test_a_closure_that_zeroes_gradients_in_place_does_not_lose_those_of_the_step(face):
+    def trained(set_to_none: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = mlp()
+        _, optimizer = face(model, drop_rate=0.3, importance="lookahead")
+        for x, y in batches(3):
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad(set_to_none=set_to_none)
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        return clones(model.parameters())
+
+    assert_same(trained(False), trained(True))
+
+
 def test_lookahead_sees_the_same_batch_under_the_same_masks_again():
     """Its h is - lr * g * (gradient on the same batch, under the same masks, at x - w * lr * g)."""
     model = mlp()
