@@ -199,9 +199,8 @@ class GradualPerTensor(ImpactAdamW):
 class StepLookahead(ImpactSGD):
     """``"lookahead"`` that tries the step that SGD has just taken, with its momentum and under its mask."""
 
-    def _look_ahead(self, simplexes: Any, closure: Any) -> Any:
+    def _look_ahead(self, step: Any, simplexes: Any, closure: Any) -> None:
         self._closure, self._old = closure, {p: p.detach().clone() for s in simplexes for p in s.members}
-        return {}
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():
@@ -211,8 +210,8 @@ class StepLookahead(ImpactSGD):
                 importances = simplex.importances()
                 trial.update((p, self._old[p] - importances[p] * step) for p, step in steps.items())
             params = [p for group in self.param_groups for p in group["params"]]
-            found = _gradients_at(trial, self._closure, params)
-        self._steps[optimizer].judged = {simplex: (found, steps) for simplex, steps in taken.items()}
+            step = self._steps[optimizer]
+            step.tried, step.found = taken, _gradients_at(trial, self._closure, params)
         super()._after_step(optimizer, args, kwargs)
 
 

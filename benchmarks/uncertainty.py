@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 sys.path.insert(0, str(Path(__file__).parent))
+from runner import key, load
 from tables import difference, filled, markdown, shown, signed
 
 from impact_optim import ImpactSGD
@@ -185,16 +186,6 @@ def run(settings: Settings) -> dict[str, Any]:
 Results = dict[str, dict[str, Any]]
 
 
-def key(settings: Settings) -> str:
-    return json.dumps(settings, sort_keys=True)
-
-
-def load_results() -> Results:
-    """The runs that are there, by their settings."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {key(line["settings"]): line for line in map(json.loads, lines)}
-
-
 def settings_of(arm: str, lr: float, drop_rate: float, heldout: str, seed: int) -> Settings:
     fixed = {"images": IMAGES, "epochs": EPOCHS, "batch": BATCH}
     return {"arm": arm, "lr": lr, "drop_rate": drop_rate, "heldout": heldout, "seed": seed, **fixed}
@@ -228,7 +219,7 @@ def wanted(results: Results) -> Iterator[Settings]:
 
 
 def train_all() -> None:
-    results = load_results()
+    results = load(RESULTS)
     RESULTS.parent.mkdir(exist_ok=True)
     while todo := list({key(each): each for each in wanted(results) if key(each) not in results}.values()):
         line = run(todo[0])
@@ -254,7 +245,7 @@ COMPARED = ("accuracy", "nll", "ece", "auroc_confidence")
 
 @lru_cache(maxsize=1)
 def finished() -> Results:
-    return load_results()
+    return load(RESULTS)
 
 
 def lines_of(name: str) -> list[tuple[dict[str, Any], str]]:

@@ -34,8 +34,10 @@ class _Step:
     """Where weights are zero for good."""
     before: dict[Tensor, Tensor] = field(default_factory=dict)
     """The weights, if a signal reads the step."""
-    judged: dict[Simplex, tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]] = field(default_factory=dict)
-    """Of ``"lookahead"``: the gradients that it has found, and the steps that led there."""
+    tried: dict[Simplex, dict[Tensor, Tensor]] = field(default_factory=dict)
+    """Of ``"lookahead"``: the steps γg that were tried."""
+    found: dict[Tensor, Tensor] = field(default_factory=dict)
+    """The gradients to which they led."""
 
 
 class Engine:
@@ -236,7 +238,7 @@ class Engine:
         through_masks = {simplex: self._find_masked(simplex) for simplex in simplexes}
         step = self._steps[optimizer] = _Step()
         if closure is not None:
-            step.judged = self._look_ahead(simplexes, closure)
+            self._look_ahead(step, simplexes, closure)
         may_step = self._steps_by_itself and not dynamo_is_active()
         for simplex in simplexes:
             grads = {p: p.grad for p in simplex.members if p.grad is not None and p.grad.layout is torch.strided}
@@ -255,34 +257,21 @@ class Engine:
         for p, _, new in step.grads:
             p.grad = new
 
-    def _look_ahead(
-        self, simplexes: list[Simplex], closure: Callable[[], Any]
-    ) -> dict[Simplex, tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]]:
+    def _look_ahead(self, step: _Step, simplexes: list[Simplex], closure: Callable[[], Any]) -> None:
         """What ``"lookahead"`` needs: the gradients of the same batch, under the same masks, at x - w ⊙ γg.
 
         g is the dense gradient, whatever the step of the base is: a dropped weight has one as well, and it is the step
         that this batch asks for, not one that momentum has gathered. All groups are tried at once."""
-        judged: dict[Simplex, dict[Tensor, Tensor]] = {}
         trial: dict[Tensor, Tensor] = {}
-        for simplex in simplexes:
-            group = simplex.group
-            if group["importance"] != "lookahead":
-                continue
-            lr = -group["lr"] if group.get("maximize") else group["lr"]
+        for simplex in (simplex for simplex in simplexes if simplex.group["importance"] == "lookahead"):
             grads = {p: p.grad for p in simplex.members if p.grad is not None and p.grad.layout is torch.strided}
-            judged[simplex] = {p: lr * grad.float() for p, grad in grads.items()}
-            importances = simplex.importances()
-            trial.update((p, p.detach() - importances[p] * step) for p, step in judged[simplex].items())
-        if not trial:
-            return {}
-        params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
-        found = _gradients_at(trial, closure, params)
-        self._masking.restore()
-        sign = {simplex: -1.0 if simplex.group.get("maximize") else 1.0 for simplex in judged}
-        return {
-            simplex: ({p: sign[simplex] * found[p] for p in steps if p in found}, steps)
-            for simplex, steps in judged.items()
-        }
+            step.tried[simplex] = {p: simplex.group["lr"] * grad.float() for p, grad in grads.items()}
+            importances, sign = simplex.importances(), -1.0 if simplex.group.get("maximize") else 1.0
+            trial.update((p, p.detach() - sign * importances[p] * d) for p, d in step.tried[simplex].items())
+        if trial:
+            params = [p for each in self.optimizers for group in each.param_groups for p in group["params"]]
+            step.found = _gradients_at(trial, closure, params)
+            self._masking.restore()
 
     def _finds_what_was_left(self, optimizer: Optimizer) -> bool:
         """Whether the gradients are those of the step before, as where Lightning's weight averaging ends the pass that
@@ -395,8 +384,8 @@ class Engine:
                 p.grad = grad
         for p, old in step.before.items():
             optimizer.state[p]["last_step"] = old - p.detach()
-        for simplex, (grads, steps) in step.judged.items():
-            simplex.update(grads, steps)
+        for simplex, steps in step.tried.items():
+            simplex.update(step.found, steps)
         for p, zero in step.held.items():
             if p.dtype in (torch.float16, torch.bfloat16):  # few bits: a weight that lives may come to zero by chance
                 p.masked_fill_((p == 0) & ~zero, torch.finfo(p.dtype).tiny)

@@ -114,12 +114,12 @@ SOURCE = [
 ]
 PER_TENSOR = [arm for arm in SOURCE if "per group" not in arm.name]
 WITHOUT_RESCALING = [
-    Arm("uniform", "dropconnect", {"rescale": "none"}, (0.3,), lrs=LONG),
+    Arm("uniform", "dropconnect", {"rescale": "none"}, (0.3,), lrs=LONG, tuning_seeds=TWO),
     *(source(f"lookahead: λ = {kl:g}", "lookahead", "tensor", kl, rescale="none") for kl in (0.0, 1.0)),
 ]
 _PLAIN = (0.1, 0.2, 0.5, 1.0)
 WITHOUT_MOMENTUM = [
-    Arm("uniform", "dropconnect", {"momentum": 0.0}, (0.3,), lrs=_PLAIN),
+    Arm("uniform", "dropconnect", {"momentum": 0.0}, (0.3,), lrs=_PLAIN, tuning_seeds=TWO),
     *(
         source(f"{signal}: λ = {kl:g}", signal, "tensor", kl, momentum=0.0, lrs=_PLAIN)
         for signal in ("lookahead", "hypergradient")
@@ -130,8 +130,7 @@ WITHOUT_MOMENTUM = [
 RESNET_ARMS = [
     Arm("SGD", "baseline", lrs=(0.05, 0.1, 0.2)),
     Arm("uniform", "dropconnect", drop_rates=(0.3,), lrs=(0.05, 0.1, 0.2)),
-    source("lookahead: λ = 0", "lookahead", "tensor", 0.0),
-    source("lookahead: λ = 1", "lookahead", "tensor", 1.0),
+    *(replace(source(f"lookahead: λ = {kl:g}", "lookahead", "tensor", kl), tuning_seeds=None) for kl in (0.0, 1.0)),
     Arm("saliency", "saliency", drop_rates=(0.3,), lrs=(0.05, 0.1, 0.2)),
 ]
 
