@@ -39,36 +39,29 @@ def build_model(name: str, shape: Sequence[int], classes: int, width: int | None
     return MODELS[name](tuple(shape), classes, width)
 
 
-class MLP(nn.Sequential):
-    """Two hidden layers of ``width`` units with ReLU."""
+class Perceptron(nn.Sequential):
+    """Two hidden layers with ReLU, of ``width`` units and of ``second``."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: int | None = None) -> None:
-        width = width or 256
+    def __init__(self, shape: tuple[int, ...], classes: int, width: int, second: int) -> None:
         layers: dict[str, nn.Module] = {
             "flatten": nn.Flatten(),
             "hidden1": nn.Linear(math.prod(shape), width),
             "relu1": nn.ReLU(),
-            "hidden2": nn.Linear(width, width),
+            "hidden2": nn.Linear(width, second),
             "relu2": nn.ReLU(),
-            "head": nn.Linear(width, classes),
+            "head": nn.Linear(second, classes),
         }
         super().__init__(OrderedDict(layers))
 
 
-class LeNet300100(nn.Sequential):
+def mlp(shape: tuple[int, ...], classes: int, width: int | None = None) -> Perceptron:
+    """Two hidden layers of ``width`` units (256)."""
+    return Perceptron(shape, classes, width or 256, width or 256)
+
+
+def lenet_300_100(shape: tuple[int, ...], classes: int, width: int | None = None) -> Perceptron:
     """The perceptron of LeCun et al. 1998, with ReLU: ``width`` hidden units (300), and then a third as many."""
-
-    def __init__(self, shape: tuple[int, ...], classes: int, width: int | None = None) -> None:
-        width = width or 300
-        layers: dict[str, nn.Module] = {
-            "flatten": nn.Flatten(),
-            "hidden1": nn.Linear(math.prod(shape), width),
-            "relu1": nn.ReLU(),
-            "hidden2": nn.Linear(width, max(1, width // 3)),
-            "relu2": nn.ReLU(),
-            "head": nn.Linear(max(1, width // 3), classes),
-        }
-        super().__init__(OrderedDict(layers))
+    return Perceptron(shape, classes, width or 300, max(1, (width or 300) // 3))
 
 
 class CNN(nn.Sequential):
@@ -224,8 +217,8 @@ def sine_cosine_positions(sizes: Sequence[int], width: int) -> Tensor:
 
 
 MODELS: dict[str, Callable[[tuple[int, ...], int, int | None], nn.Module]] = {
-    "mlp": MLP,
-    "lenet-300-100": LeNet300100,
+    "mlp": mlp,
+    "lenet-300-100": lenet_300_100,
     "cnn": CNN,
     "resnet18": ResNet18,
     "vit": ViT,
