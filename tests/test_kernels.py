@@ -126,8 +126,9 @@ def check_draws(impacts, nets, seed, step):
 
 def compare(base, base_options, options, shapes, dtype, channels_last, steps=3, device="cpu"):
     """Both take every step from the same state; returns how many draws were doubtful, and how many there were."""
-    if dtype is torch.bfloat16 and options["importance"] in READS_STEP:
-        options = {**options, "importance": "saliency"}  # the difference of two rounded weights is mostly rounding
+    if dtype is torch.bfloat16 and options["importance"] in (*READS_STEP, "lookahead"):
+        # The difference of two rounded weights is mostly rounding, and so is what a trial at rounded weights finds.
+        options = {**options, "importance": "saliency"}
     nets = [Net(shapes, dtype, channels_last, options["hold_zeros"]).to(device) for _ in range(2)]
     made = [build(base, base_options, net, options, fused) for net, fused in zip(nets, (False, None), strict=True)]
     impacts, optimizers = [impact for impact, _ in made], [optimizer for _, optimizer in made]
