@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impact_optim import SIGNALS, ImpactAdamW, ImpactSGD, SparsityReport, erdos_renyi
+from impact_optim import SIGNALS, ImpactSGD, SparsityReport, erdos_renyi
 from impact_optim.engine import _gradients_at
-from impact_optim.experiments.arms import build_optimizer
+from impact_optim.experiments.arms import BASES, SGD, build_optimizer
 from impact_optim.experiments.models import TransformerBlock
 from impact_optim.experiments.sparse import CannotBeSparse, ramp_epochs
+from impact_optim.impact import ImpactOptimizer
+from impact_optim.pruning import CRITERIA, ActivationPruner, UnitGroup
+from impact_optim.pruning.criteria import Context
 from impact_optim.sparsity import keep_largest
 
 
-class Rewired(torch.optim.SGD):
-    """SGD on a network that is sparse from the start, and may move its connections.
+class Rewired(torch.optim.Optimizer):
+    """An optimizer on a network that is sparse from the start, and may move its connections: :func:`around` SGD, say.
 
     Every ``every`` steps, until three quarters of the training are over, a share of each tensor's weights that falls
     from 0.3 to 0 as a half cosine is replaced: the smallest go, and as many come back at zero, also of those. Layers
@@ -50,7 +54,7 @@ class Rewired(torch.optim.SGD):
         every: int = 100,
         **options: Any,
     ) -> None:
-        super().__init__(model.parameters(), foreach=False, **options)
+        super().__init__(model.parameters(), **{"foreach": False, **options})
         self._end, self._grow, self._every, self._taken = 0.75 * steps, grow, every, 0
         weights = weights_of(model)
         self._generator = torch.Generator().manual_seed(seed)
@@ -94,13 +98,13 @@ class Rewired(torch.optim.SGD):
         score = p.grad.abs() if self._grow == "gradient" else self._random(p).view_as(p)
         # What has just gone may come back, as it was.
         mask.view(-1)[score.masked_fill(mask, -1.0).flatten().topk(count).indices] = True
-        p.mul_(mask & old)
-        if (buffer := self.state.get(p, {}).get("momentum_buffer")) is not None:
-            buffer.mul_(mask & old)
+        for tensor in (p, *self.state[p].values()):  # momentum starts anew as well
+            if tensor is not None and tensor.shape == p.shape:
+                tensor.mul_(mask & old)
 
 
-class OneShot(ImpactSGD):
-    """SGD that is cut to its largest weights once, where the ramps of the others end, and trains on.
+class OneShot(ImpactOptimizer):
+    """An optimizer that is cut to its largest weights once, where the ramps of the others end, and trains on.
 
     Source: Han et al., Learning both weights and connections for efficient neural networks, NIPS 2015.
     """
@@ -119,8 +123,8 @@ class OneShot(ImpactSGD):
         return super().step(closure)
 
 
-class TargetedDropout(torch.optim.SGD):
-    """SGD that drops the smallest weights of every unit at random, more and more, and cuts them after the last step.
+class TargetedDropout(torch.optim.Optimizer):
+    """An optimizer that drops the smallest weights of every unit at random, and cuts them after the last step.
 
     A share γ of a unit's weights is dropped with probability α. Over the first third of the training γ rises to 95% of
     the sparsity, over the next third to all of it, while α rises over both: the ramping form, as the source's code has
@@ -132,7 +136,7 @@ class TargetedDropout(torch.optim.SGD):
     def __init__(
         self, model: nn.Module, *, sparsity: float, steps: int, seed: int, alpha: float = 0.99, **options: Any
     ) -> None:
-        super().__init__(model.parameters(), foreach=False, **options)
+        super().__init__(model.parameters(), **{"foreach": False, **options})
         self._weights, self._sparsity, self._alpha = weights_of(model), sparsity, alpha
         self._steps, self._taken = steps, 0
         self._generator = torch.Generator().manual_seed(seed)
@@ -175,8 +179,8 @@ def shuffled_saliency(weight: Tensor, grad: Tensor, step: Tensor | None) -> Tens
     return weight.mul(grad).abs_().neg_().reshape(-1).flip(0).view_as(grad)
 
 
-class GradualByDensities(ImpactSGD):
-    """SGD whose tensors keep their largest weights, and of these the share that the densities by size give them."""
+class GradualByDensities(ImpactOptimizer):
+    """An optimizer whose tensors keep their largest weights, as many as the densities by size leave them."""
 
     def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
         weights = [p for group in self.param_groups for p in group["params"] if p.dim() >= 2]
@@ -186,11 +190,8 @@ class GradualByDensities(ImpactSGD):
         return super().sparsify(masks=dict(zip(weights, masks, strict=True)))
 
 
-class GradualPerTensor(ImpactAdamW):
-    """AdamW whose tensors all lose the same share of their smallest weights, as Zhu & Gupta do."""
-
-    def __init__(self, model: nn.Module, base: str, **options: Any) -> None:
-        super().__init__(model, **options)
+class GradualPerTensor(ImpactOptimizer):
+    """An optimizer whose tensors all lose the same share of their smallest weights, as Zhu & Gupta do."""
 
     def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
         return super().sparsify(sparsity, scope="tensor", **options)
@@ -215,6 +216,11 @@ class StepLookahead(ImpactSGD):
         super()._after_step(optimizer, args, kwargs)
 
 
+def around(peer: type, base: type) -> Any:
+    """A peer's way to be sparse, around an optimizer's steps."""
+    return type(f"{peer.__name__}{base.__name__}", (peer, base), {})
+
+
 def add_dropout(model: nn.Module, p: float) -> None:
     """Dropout before each shortcut of a transformer's blocks, as in GPT-2."""
     for module in model.modules():
@@ -223,10 +229,48 @@ def add_dropout(model: nn.Module, p: float) -> None:
                 branch.register_forward_hook(lambda module, args, y: F.dropout(y, p, module.training))
 
 
+class GroupNorm:
+    """Torch-Pruning's importance of a group as a criterion: the norm of all weights that would go with a unit."""
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self._model, self._example = model, example
+        self._context: Context | None = None
+
+    def _read(self) -> None:
+        import torch_pruning
+
+        model = deepcopy(self._model)  # that package leaves models in evaluation mode, and thaws parameters
+        self._dependencies = torch_pruning.DependencyGraph().build_dependency(model, self._example)
+        self._importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        self._cut = torch_pruning.prune_conv_out_channels
+        self._layers = dict(model.named_modules())
+
+    def __call__(self, group: UnitGroup, context: Context) -> Tensor:
+        if context is not self._context:  # of another cut: the model has changed
+            self._read()
+            self._context = context
+        axis = next(axis for axis in group.producers if context.parameters[axis.name].dim() > 1)
+        assert torch.equal(axis.units, torch.arange(group.size)), f"{group.name}: a unit is not a channel"
+        layer = self._layers[axis.name.removesuffix(".weight")]
+        coupled = self._dependencies.get_pruning_group(layer, self._cut, idxs=list(range(group.size)))
+        return self._importance(coupled).double()
+
+
+def make_narrow(model: nn.Module, example: Tensor, seed: int, remove: float, target: str = "macs") -> None:
+    """Makes all layers narrower, and initialises them as layers of that width are."""
+    ActivationPruner(model, example, {1: remove}, criterion="random", target=target, seed=seed).step()
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+
 # ------------------------------------------------------------------------------- by name
 
 SIGNALS["saliency-shuffled"] = shuffled_saliency
-_SGD = ("lr", "momentum", "weight_decay")
+_PLAIN = ("lr", "momentum", "weight_decay")
 Options = dict[str, Any]
 
 
@@ -239,12 +283,22 @@ class Peer(NamedTuple):
     """Takes the model, the options, the settings of the run, the number of steps and the seed."""
 
 
+def _plain(peer: type, model: nn.Module, options: Options, *own: str, **given: Any) -> torch.optim.Optimizer:
+    plain, _ = BASES[options.get("base", SGD)]
+    return around(peer, plain)(model, **{k: v for k, v in options.items() if k in (*_PLAIN, *own)}, **given)
+
+
+def _masked(peer: type, model: nn.Module, options: Options, **given: Any) -> torch.optim.Optimizer:
+    _, masked = BASES[options.pop("base", SGD)]
+    return around(peer, masked)(model, **options, **given)
+
+
 def _rewired(grow: str | None) -> Peer:
     def build(
         model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
     ) -> torch.optim.Optimizer:
-        options = {name: value for name, value in options.items() if name in (*_SGD, "every")}
-        return Rewired(model, sparsity=settings["sparsity"], steps=steps, seed=seed, grow=grow, **options)
+        given = {"sparsity": settings["sparsity"], "steps": steps, "seed": seed, "grow": grow}
+        return _plain(Rewired, model, options, "every", **given)
 
     return Peer("baseline", build)
 
@@ -254,14 +308,14 @@ def _one_shot(
 ) -> torch.optim.Optimizer:
     epochs = settings["epochs"]
     cut = ramp_epochs(epochs) * steps // epochs
-    return OneShot(model, sparsity=settings["sparsity"], cut=cut, seed=seed, **options)
+    return _masked(OneShot, model, options, sparsity=settings["sparsity"], cut=cut, seed=seed)
 
 
 def _targeted(
     model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
 ) -> torch.optim.Optimizer:
-    options = {name: value for name, value in options.items() if name in (*_SGD, "alpha")}
-    return TargetedDropout(model, sparsity=settings["sparsity"], steps=steps, seed=seed, **options)
+    given = {"sparsity": settings["sparsity"], "steps": steps, "seed": seed}
+    return _plain(TargetedDropout, model, options, "alpha", **given)
 
 
 def _lookahead_step(
@@ -284,6 +338,26 @@ def _dropout(
     return build_optimizer("adamw", model, options, seed)
 
 
+def _example(model: nn.Module) -> Tensor:
+    """An image of Fashion-MNIST."""
+    return torch.zeros(1, 1, 28, 28, device=next(model.parameters()).device)
+
+
+def _torch_pruning(
+    model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
+) -> torch.optim.Optimizer:
+    CRITERIA["torch-pruning"] = GroupNorm(model, _example(model))  # of the run that begins
+    return build_optimizer("baseline", model, options, seed)
+
+
+def _narrow(
+    model: nn.Module, options: Options, settings: Mapping[str, Any], steps: int, seed: int
+) -> torch.optim.Optimizer:
+    options = dict(options)
+    make_narrow(model, _example(model), seed, **options.pop("narrow"))
+    return build_optimizer("baseline", model, options, seed)
+
+
 PEERS = {
     "rigl": _rewired("gradient"),
     "set": _rewired("random"),
@@ -291,12 +365,14 @@ PEERS = {
     "one-shot-magnitude": Peer("baseline", _one_shot),
     "targeted-dropout": Peer("baseline", _targeted),
     "gradual-by-densities": Peer(
-        "gradual-magnitude", lambda model, o, _, __, seed: GradualByDensities(model, seed=seed, **o)
+        "gradual-magnitude", lambda model, o, _, __, seed: _masked(GradualByDensities, model, o, seed=seed)
     ),
     "gradual-per-tensor": Peer(
-        "gradual-magnitude", lambda model, o, _, __, seed: GradualPerTensor(model, seed=seed, **o)
+        "gradual-magnitude", lambda model, o, _, __, seed: _masked(GradualPerTensor, model, o, seed=seed)
     ),
     "lookahead-step": Peer("lookahead", _lookahead_step),
     "adamw-dropout": Peer("adamw", _dropout),
+    "torch-pruning": Peer("baseline", _torch_pruning),
+    "narrow": Peer("baseline", _narrow),
 }
 """Peers by name."""

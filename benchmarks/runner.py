@@ -23,6 +23,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -33,8 +34,11 @@ from peers import PEERS
 
 from impact_optim.experiments.arms import Masked, arm_options, build_optimizer
 from impact_optim.experiments.data import Data, batch_count, load_data
+from impact_optim.experiments.pruning import Pruning
 from impact_optim.experiments.sparse import CannotBeSparse, layer_densities
 from impact_optim.experiments.training import Recipe, train
+from impact_optim.pruning.report import model_size
+from impact_optim.pruning.schedule import schedule_of
 
 Settings = dict[str, Any]
 Run = dict[str, Any]
@@ -55,6 +59,8 @@ class Task:
     width: int | None = None
     subset: int | None = None
     precision: str = "float32"
+    evaluate_every: int | None = None
+    """After how many epochs; after each if ``None``."""
     weight_decay: float = 0.0
     optimizer: str = "sgd"
     """What takes the steps, alone and with importances: ``"sgd"`` with momentum 0.9, or ``"adamw"``."""
@@ -80,6 +86,8 @@ class Arm:
     """What is tuned; ``None`` takes the task's."""
     drop_schedule: str = "constant"
     sparsity: float | None = None
+    prune: dict[str, Any] | None = None
+    """What is cut while it trains: ``remove`` and ``by``, and options of ``experiments.pruning.Pruning``."""
     lrs: tuple[float, ...] | None = None
     tune: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Options that are tuned as well."""
@@ -114,6 +122,9 @@ def settings_of(task: Task, arm: Arm, point: Mapping[str, Any], heldout: str, se
     """
     of_task = {k: v for k, v in asdict(task).items() if k not in _OF_TUNING}
     of_arm = {k: v for k, v in asdict(arm).items() if k not in _OF_TUNING}
+    for settings, name in ((of_task, "evaluate_every"), (of_arm, "prune")):
+        if settings[name] is None:  # as runs were stored before there was a choice
+            del settings[name]
     tuned = {"lr": point["lr"], "drop_rate": point["drop_rate"], "options": {**arm.options, **point["options"]}}
     return json.loads(json.dumps({**of_task, **of_arm, **tuned, "heldout": heldout, "seed": seed}))
 
@@ -255,6 +266,7 @@ class InMemory:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.folder = TemporaryDirectory()
 
     def checkpoint(self, *run: Any) -> None:
         return None
@@ -264,6 +276,9 @@ class InMemory:
     def save_densities(self, *run: Any) -> None: ...
 
     def finish(self, *run: Any) -> None: ...
+
+    def pruned(self, *run: Any) -> Path:
+        return Path(mkdtemp(dir=self.folder.name))
 
     def append(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
@@ -286,6 +301,12 @@ def histogram(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
     return torch.histc(exponents, 48, -4.0, 2.0).long().tolist()
 
 
+def pruning_of(settings: Settings) -> Pruning | None:
+    if (prune := dict(settings.get("prune", {}))) == {}:
+        return None
+    return Pruning(schedule_of(prune.pop("remove"), prune.pop("by")), **prune)
+
+
 def run(settings: Settings, device: str = "cpu") -> Run:
     """Trains once."""
     torch.set_num_threads(1)
@@ -298,6 +319,8 @@ def run(settings: Settings, device: str = "cpu") -> Run:
         drop_schedule=settings["drop_schedule"],
         precision=settings["precision"],
         final_sparsity=settings["sparsity"],
+        evaluate_every=settings.get("evaluate_every", 1),
+        prune=pruning_of(settings),
     )
     base, built = settings["base"], []
     peer = PEERS.get(base)
@@ -325,6 +348,7 @@ def run(settings: Settings, device: str = "cpu") -> Run:
         chance = {"accuracy": 1 / data.classes, "train_accuracy": 1 / data.classes, "loss": math.log(data.classes)}
         results.lines += [{**results.lines[-1], **chance}] * (recipe.epochs - len(results.lines))
     lines, last, layers = results.lines, results.lines[-1], layer_densities(built[0][0])
+    size = model_size(built[0][0], ((data.x[:1],), {}))
 
     def finite(value: float, digits: int = 4) -> float | None:
         return round(value, digits) if math.isfinite(value) else None
@@ -337,6 +361,8 @@ def run(settings: Settings, device: str = "cpu") -> Run:
         "train_loss": finite(last["train_loss"], 6),
         "dropped": finite(fmean(line["dropped"] for line in lines)),
         "sparsity": finite(1 - sum(layer.kept for layer in layers) / sum(layer.numel for layer in layers)),
+        "macs": size.macs[""],
+        "parameters": size.parameters[""],
         "layers": {layer.name: [layer.numel, layer.kept] for layer in layers},
         "importances": histogram(*built[0]),
         "cpu_seconds": finite(time.process_time() - started, 2),  # of one thread, with evaluation

@@ -1,7 +1,10 @@
-"""What tests of the optimizers share: the faces of the engine, a loop, a comparison to the last bit."""
+"""What tests share: the faces of the engine, a loop, a comparison to the last bit, the modules of a benchmark."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +122,18 @@ def run(model: nn.Module, optimizer: Optimizer, steps: range, closure: bool = Fa
     for step in steps:
         x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
         train(optimizer, lambda x=x: (model(x) - x[:, :4]).square().mean(), 1, closure)
+
+
+@contextmanager
+def benchmark(name: str) -> Iterator[None]:
+    """Where ``plan`` and ``report`` are those of a folder of benchmarks, all of which have their own."""
+    root = Path(__file__).parent.parent / "benchmarks"
+    others = {name: sys.modules.pop(name) for name in ("plan", "report") if name in sys.modules}
+    sys.path[:0] = folders = [str(root), str(root / name)]
+    yield
+    for folder in folders:
+        sys.path.remove(folder)
+    for module in ("plan", "report"):
+        sys.modules.pop(module, None)
+    sys.modules.update(others)
+    torch.set_flush_denormal(False)  # a run sets it, for its process

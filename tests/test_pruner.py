@@ -174,7 +174,7 @@ def test_a_ramp_rises_to_its_end(final, start, length):
 
 
 def test_how_much_and_by_when_is_the_recipe_that_was_measured():
-    """That of benchmarks/pruning_recipe.py, and of docs/pruning.md: half of the MACs on a cubic in epochs 3 to 14."""
+    """That of benchmarks/pruning, and of docs/pruning.md: half of the MACs on a cubic in epochs 3 to 14."""
     model = network()
     pruner = ActivationPruner(model, X[:1], remove=0.5, by=14)
     assert pruner.schedule == {t: 0.5 * (1 - (1 - (t - 2) / 12) ** 3) for t in range(3, 15)}

@@ -1,25 +1,20 @@
 """The study's program: its peers are what they are said to be, and the page of results says what the runs say."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import benchmark
 from torch import nn
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def study():
-    sys.path[:0] = folders = [str(BENCHMARKS), str(BENCHMARKS / "study")]
-    yield
-    for folder in folders:
-        sys.path.remove(folder)
-    torch.set_flush_denormal(False)  # a run sets it, for its process
+    with benchmark("study"):
+        yield
 
 
 def test_the_control_has_the_signals_values_on_other_weights():

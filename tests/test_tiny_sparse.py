@@ -1,37 +1,30 @@
 """The benchmark of sparse training: its peers are what they are said to be, and its page says what the runs say."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import benchmark
 from torch import nn
+from torch.optim import SGD, AdamW
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from impact_optim import ImpactSGD, erdos_renyi
+
 pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    # The study has a plan and a report as well: each test file gets its own.
-    names = ("plan", "report")
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path[:0] = folders = [str(BENCHMARKS / "tiny_sparse"), str(BENCHMARKS)]
-    yield
-    for folder in folders:
-        sys.path.remove(folder)
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(others)
+def tiny_sparse():
+    with benchmark("tiny_sparse"):
+        yield
 
 
-def test_rewired_networks_keep_their_sparsity_and_their_densities():
-    from peers import Rewired
+@pytest.mark.parametrize(("base", "options"), [(SGD, {"lr": 0.1, "momentum": 0.9}), (AdamW, {"lr": 0.01})])
+def test_rewired_networks_keep_their_sparsity_and_their_densities(base, options):
+    from peers import Rewired, around
 
     for grow in ("gradient", "random", None):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
-        optimizer = Rewired(model, sparsity=0.8, steps=40, seed=0, grow=grow, every=10, lr=0.1, momentum=0.9)
+        optimizer = around(Rewired, base)(model, sparsity=0.8, steps=40, seed=0, grow=grow, every=10, **options)
         weights = [model[0].weight, model[2].weight]
         first = [w != 0 for w in weights]
         counts = [int(mask.sum()) for mask in optimizer._masks.values()]
@@ -44,19 +37,19 @@ def test_rewired_networks_keep_their_sparsity_and_their_densities():
             assert [int(mask.sum()) for mask in optimizer._masks.values()] == counts
             for w, mask in optimizer._masks.items():
                 assert not w[~mask].any()
+                for state in optimizer.state[w].values():
+                    assert state.shape != w.shape or not state[~mask].any()
         moved = [not torch.equal(mask, now) for mask, now in zip(first, optimizer._masks.values(), strict=True)]
         assert any(moved) == (grow is not None)
 
 
 def test_gradual_magnitude_with_our_densities_keeps_the_largest_of_each_tensor():
-    from peers import GradualByDensities
-
-    from impact_optim import erdos_renyi
+    from peers import GradualByDensities, around
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30, bias=False), nn.ReLU(), nn.Linear(30, 5, bias=False))
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = GradualByDensities(model, lr=0.1, importance="uniform", drop_rate=0.0)
+    optimizer = around(GradualByDensities, ImpactSGD)(model, lr=0.1, importance="uniform", drop_rate=0.0)
     for sparsity in (0.5, 0.8):
         optimizer.sparsify(sparsity, by="magnitude")
         for p, old, density in zip(
@@ -68,12 +61,12 @@ def test_gradual_magnitude_with_our_densities_keeps_the_largest_of_each_tensor()
 
 
 def test_rigl_grows_where_the_gradient_is_large_and_set_anywhere():
-    from peers import Rewired
+    from peers import Rewired, around
 
     def grown(grow: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Linear(40, 40)
-        optimizer = Rewired(model, sparsity=0.9, steps=100, seed=seed, grow=grow, every=1, lr=0.1)
+        optimizer = around(Rewired, SGD)(model, sparsity=0.9, steps=100, seed=seed, grow=grow, every=1, lr=0.1)
         optimizer._taken = 1
         old, before = next(iter(optimizer._masks.values())).clone(), model.weight.detach().clone()
         model.weight.grad = torch.randn(40, 40)
@@ -93,11 +86,11 @@ def test_rigl_grows_where_the_gradient_is_large_and_set_anywhere():
 
 
 def test_one_shot_is_dense_before_the_cut_and_sparse_after_it():
-    from peers import OneShot
+    from peers import OneShot, around
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5))
-    optimizer = OneShot(model, sparsity=0.8, cut=3, lr=0.1, importance="uniform", drop_rate=0.0)
+    optimizer = around(OneShot, ImpactSGD)(model, sparsity=0.8, cut=3, lr=0.1, importance="uniform", drop_rate=0.0)
     zeros = []
     for _ in range(5):
 
@@ -113,14 +106,14 @@ def test_one_shot_is_dense_before_the_cut_and_sparse_after_it():
 
 
 def test_targeted_dropout_drops_the_smallest_of_each_unit_and_cuts_them_in_the_end():
-    from peers import TargetedDropout, smallest_of_units
+    from peers import TargetedDropout, around, smallest_of_units
 
     weight = torch.tensor([[4.0, -1.0, 2.0, 3.0], [-8.0, 7.0, -5.0, 6.0]])
     mask = [[False, True, True, False], [False, False, True, True]]
     assert smallest_of_units(weight, 0.5).tolist() == mask
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
-    optimizer = TargetedDropout(model, sparsity=0.9, steps=9, seed=0, lr=0.1)
+    optimizer = around(TargetedDropout, SGD)(model, sparsity=0.9, steps=9, seed=0, lr=0.1)
     seen = []
     for _ in range(9):
 
@@ -172,8 +165,9 @@ def test_intervals_widen_with_the_number_of_comparisons():
 
 
 def test_multiply_adds_are_counted_by_place():
-    from plan import CNN, LENET
+    from plan import CNN, GPT, LENET
     from report import places
 
     assert places(LENET) == {"hidden1.weight": 1, "hidden2.weight": 1, "head.weight": 1}
     assert places(CNN) == {"conv1.weight": 19, "conv2.weight": 10, "conv3.weight": 5, "head.weight": 1}
+    assert set(places(GPT).values()) == {0, 64}  # the embedding, and what each letter goes through

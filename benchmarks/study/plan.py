@@ -13,15 +13,16 @@ from runner import Arm, Plan, Question, Task
 MNIST1D_MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, lrs=(0.1, 0.2, 0.4))
 MNIST1D_CNN = Task("mnist1d-cnn", "mnist1d", "cnn", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2))
 DIGITS = Task("digits-mlp", "digits", "mlp", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2))
-# The source's experiment, ResNet-18 for 90 epochs, as wide and on as many images as time allows.
+# The source's experiment, ResNet-18 for 90 epochs, as wide and on as many images as two cores can train.
 RESNET = Task(
     "fashion-resnet18",
     "fashion-mnist",
     "resnet18",
     epochs=90,
-    batch=125,
-    width=16,
-    subset=2500,
+    batch=100,
+    width=8,
+    subset=1000,
+    evaluate_every=9,
     weight_decay=5e-4,
     tuned_on="fashion-resnet18-tuning",
 )
@@ -131,7 +132,6 @@ RESNET_ARMS = [
     Arm("SGD", "baseline", lrs=(0.05, 0.1, 0.2)),
     Arm("uniform", "dropconnect", drop_rates=(0.3,), lrs=(0.05, 0.1, 0.2)),
     *(replace(source(f"lookahead: λ = {kl:g}", "lookahead", "tensor", kl), tuning_seeds=None) for kl in (0.0, 1.0)),
-    Arm("saliency", "saliency", drop_rates=(0.3,), lrs=(0.05, 0.1, 0.2)),
 ]
 
 # ------------------------------------------------------------------------------- AdamW and transformers

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from plan import CNN, LENET, MLP, PLAN, SPARSITIES, TASKS, TUNED_AT, dense, methods
+from plan import CNN, GPT, LENET, MLP, PLAN, SPARSITIES, TASKS, TUNED_AT, dense, methods
 from runner import Arm, Task, measured
 from tables import difference, filled, markdown, shown, signed
 from torch import Tensor, nn
@@ -23,14 +23,29 @@ from impact_optim.experiments.models import build_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tiny_sparse.md"
-TITLES = {MLP.name: "MNIST-1D, MLP", CNN.name: "MNIST-1D, CNN", LENET.name: "Fashion-MNIST, LeNet-300-100"}
-SHAPES = {MLP.name: (1, 40), CNN.name: (1, 40), LENET.name: (1, 28, 28)}
+TITLES = {
+    MLP.name: "MNIST-1D, MLP",
+    CNN.name: "MNIST-1D, CNN",
+    LENET.name: "Fashion-MNIST, LeNet-300-100",
+    GPT.name: "Shakespeare, GPT",
+}
+INPUTS = {
+    MLP.name: torch.zeros(1, 1, 40),
+    CNN.name: torch.zeros(1, 1, 40),
+    LENET.name: torch.zeros(1, 1, 28, 28),
+    GPT.name: torch.zeros(1, 64, dtype=torch.long),
+}
 MISSING = "–"
+CLASSES = 10  # or letters: of no matter to how often a weight is used
 
 
 def values(task: Task, arm: Arm) -> list[float]:
-    """The test accuracies in % in the order of the seeds; empty before all are there."""
+    """The test accuracies in %, or bits, in the order of the seeds; empty before all are there."""
     return [measured(task, run) for run in PLAN.tests(task, arm)]
+
+
+def digits(task: Task) -> int:
+    return 1 if task.measure == "accuracy" else 3
 
 
 def percent(sparsity: float) -> str:
@@ -47,11 +62,11 @@ def by_sparsity(task: Task, cell: Callable[[float, int], str], of: list[int]) ->
 def accuracy(task: Task) -> str:
     def cell(sparsity: float, i: int) -> str:
         found = values(task, methods(task, sparsity)[i])
-        return shown(found) if found else MISSING
+        return shown(found, digits(task)) if found else MISSING
 
     found = values(task, dense(task))
     table = by_sparsity(task, cell, list(range(len(methods(task, TUNED_AT)))))
-    table.insert(1, ["dense", *[shown(found) if found else MISSING] * len(SPARSITIES[task.name])])
+    table.insert(1, ["dense", *[shown(found, digits(task)) if found else MISSING] * len(SPARSITIES[task.name])])
     return markdown(table)
 
 
@@ -61,22 +76,27 @@ def differences(task: Task) -> str:
 
     def cell(sparsity: float, i: int) -> str:
         ours, peer = (values(task, methods(task, sparsity)[j]) for j in (-1, i))
-        return signed(*difference(ours, peer, len(peers) * len(SPARSITIES[task.name]))) if ours and peer else MISSING
+        if not (ours and peer):
+            return MISSING
+        return signed(*difference(ours, peer, len(peers) * len(SPARSITIES[task.name])), digits(task))
 
     return markdown(by_sparsity(task, cell, peers))
 
 
 def places(task: Task) -> dict[str, int]:
-    """How often a forward pass of one input uses each weight, by the name of its tensor."""
-    model, found = build_model(task.model, SHAPES[task.name], 10), {}
+    """How often a forward pass of one input multiplies by each weight, by the name of its tensor."""
+    example = INPUTS[task.name]
+    model, found = build_model(task.model, example.shape[1:], CLASSES), {}
 
     def note(name: str, module: nn.Module, inputs: object, output: Tensor) -> None:
-        found[f"{name}.weight"] = output.numel() // output.shape[1]
+        found[f"{name}.weight"] = output.numel() // module.weight.shape[0]  # type: ignore[operator, union-attr]
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             module.register_forward_hook(partial(note, name))
-    model(torch.zeros(1, *SHAPES[task.name]))
+        elif isinstance(module, nn.Embedding):  # looks rows up
+            found[f"{name}.weight"] = 0
+    model(example)
     return found
 
 
@@ -105,9 +125,9 @@ def chosen() -> str:
             if scores is None:
                 row.append(MISSING)
                 continue
-            score, point = max(scores, key=lambda each: each[0])
+            score, point = (max if task.measure == "accuracy" else min)(scores, key=lambda each: each[0])
             options = "".join(f", {option} {value:g}" for option, value in point["options"].items())
-            row.append(f"lr {point['lr']:g}{options}: {score:.1f}")
+            row.append(f"lr {point['lr']:g}{options}: {score:.{digits(task)}f}")
         table.append(row)
     return markdown(table)
 
@@ -194,7 +214,9 @@ def draw() -> None:
         ax.axhline(fmean(values(task, dense(task))), color="0.6", linestyle=":", label="dense")
         ax.set_xticks(range(len(levels)), [percent(s) for s in levels])
         ax.set_xlabel("zero weights")
-        ax.set_title(TITLES[task.name], fontsize=9)
+        ax.set_title(TITLES[task.name] + ("" if task.measure == "accuracy" else " (bits)"), fontsize=9)
+        if task.measure == "bits":
+            ax.invert_yaxis()
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("test accuracy (%)")

@@ -39,6 +39,7 @@ _TRAIN_EVALUATED = 10_000  # training examples that the training accuracy is mea
 _CHARACTERS_EVALUATED = 100_000  # of a text, on either side; its standard error is then about 0.01 bits
 _BATCH_NORM_BATCHES = 20
 _WARMUP = 0.25  # of the epochs
+_NOT_MEASURED = (math.nan, math.nan), (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Recipe:
         final_sparsity: the share of weights that are zero in the end; see
             :class:`~impact_optim.experiments.sparse.SparseFinish`. It takes the place of the drop rate and its schedule
             where an arm ramps up to it.
+        evaluate_every: after how many epochs a run is evaluated; NaN in the other lines. The last epoch always is.
     """
 
     model: str = "mlp"
@@ -68,6 +70,7 @@ class Recipe:
     precision: str = "float32"
     prune: Pruning | None = None
     final_sparsity: float | None = None
+    evaluate_every: int = 1
 
 
 def train(
@@ -166,10 +169,11 @@ def train(
                     update_bn((x.to(memory_format=memory_format) for x in inputs), model)
                 return evaluate(model, *seen), evaluate(model, *heldout)
 
-        (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
+        is_evaluated = (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs
+        (train_loss, train_accuracy), (heldout_loss, accuracy) = measured() if is_evaluated else _NOT_MEASURED
         dropped = expected_drop(optimizer)
         around_cut = {}
-        if pruner is not None and pruner.step().records:
+        if pruner is not None and pruner.step().records and is_evaluated:
             around_cut = {"accuracy_before_cut": accuracy, "loss_before_cut": heldout_loss}
             (train_loss, train_accuracy), (heldout_loss, accuracy) = measured()
         if sparse is not None and sparse.is_due(epoch):

@@ -1,0 +1,78 @@
+"""What the benchmark of cut networks trains: a ResNet-18, what is cut out of it, and by what."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from runner import Arm, Plan, Question, Task
+
+SMALL = Task(
+    "fashion-resnet18",
+    "fashion-mnist",
+    "resnet18",
+    epochs=20,
+    batch=100,
+    width=8,
+    subset=2500,
+    evaluate_every=20,
+    weight_decay=5e-4,
+)
+# For a GPU: an hour on two cores for each run.
+FULL = replace(SMALL, name="fashion-resnet18-full", batch=256, width=16, subset=None)
+TASKS = [SMALL, FULL]
+BY = 14  # cuts follow the epochs 3 to 14
+
+UNCUT = Arm("uncut", "baseline", lrs=(0.05, 0.1, 0.2, 0.4))
+UNCUT_IMPACT = Arm("uncut, ImpactSGD", "saliency", drop_rates=(0.1,), lrs=UNCUT.lrs)
+
+
+def cut(
+    remove: float, target: str = "macs", criterion: str = "rademacher", split: str | None = None, base: str = "baseline"
+) -> Arm:
+    """An arm that is cut, little by little, and trains with the learning rate at which the uncut network does best."""
+    prune: dict[str, Any] = {"remove": remove, "by": BY, "target": target, "criterion": criterion, "split": split}
+    name = criterion if split is None else f"{criterion}, {split}"
+    if criterion == "importance":
+        return Arm(name, "saliency", drop_rates=(0.1,), prune=prune, lrs=(), tuned_as=("uncut", UNCUT_IMPACT.name))
+    return Arm(name, base, prune=prune, lrs=(), tuned_as=("uncut", UNCUT.name))
+
+
+def peers(remove: float, target: str = "macs") -> list[Arm]:
+    """What Torch-Pruning cuts, and a network as small that is trained from the start."""
+    narrow = {"narrow": {"remove": remove, "target": target}}
+    return [
+        cut(remove, target, "torch-pruning", "uniform", base="torch-pruning"),
+        Arm("from scratch", "narrow", narrow, lrs=(), tuned_as=("uncut", UNCUT.name)),
+    ]
+
+
+def named(remove: float, target: str) -> str:
+    return f"{target}-{remove:g}"
+
+
+QUESTIONS = [
+    Question("uncut", [UNCUT, UNCUT_IMPACT], (SMALL.name, FULL.name)),
+    Question(
+        named(0.5, "macs"),
+        [
+            cut(0.5),
+            *peers(0.5),
+            cut(0.5, criterion="l1"),
+            cut(0.5, criterion="importance"),
+            cut(0.5, criterion="entropy", split="uniform"),
+            cut(0.5, criterion="random"),
+            cut(0.5, criterion="rademacher", split="uniform"),
+            cut(0.5, criterion="l1", split="rademacher"),
+        ],
+        (SMALL.name, FULL.name),
+    ),
+    *(
+        Question(named(remove, target), [cut(remove, target), *peers(remove, target)], (SMALL.name, FULL.name))
+        for remove, target in ((0.7, "macs"), (0.3, "macs"), (0.5, "params"))
+    ),
+]
+PLAN = Plan(TASKS, QUESTIONS, Path(__file__).parent / "results.jsonl")
