@@ -54,25 +54,25 @@ def named(remove: float, target: str) -> str:
     return f"{target}-{remove:g}"
 
 
+BOTH = (SMALL.name, FULL.name)
 QUESTIONS = [
-    Question("uncut", [UNCUT, UNCUT_IMPACT], (SMALL.name, FULL.name)),
+    Question("uncut", [UNCUT, UNCUT_IMPACT], BOTH),
     Question(
-        named(0.5, "macs"),
-        [
-            cut(0.5),
-            *peers(0.5),
-            cut(0.5, criterion="l1"),
-            cut(0.5, criterion="importance"),
-            cut(0.5, criterion="entropy", split="uniform"),
-            cut(0.5, criterion="random"),
-            cut(0.5, criterion="rademacher", split="uniform"),
-            cut(0.5, criterion="l1", split="rademacher"),
-        ],
-        (SMALL.name, FULL.name),
+        named(0.5, "macs"), [cut(0.5), *peers(0.5), cut(0.5, criterion="l1"), cut(0.5, criterion="importance")], BOTH
     ),
     *(
-        Question(named(remove, target), [cut(remove, target), *peers(remove, target)], (SMALL.name, FULL.name))
+        Question(named(remove, target), [cut(remove, target), *peers(remove, target)], BOTH)
         for remove, target in ((0.7, "macs"), (0.3, "macs"), (0.5, "params"))
+    ),
+    Question(
+        "apart",  # criterion and split
+        [
+            cut(0.5, criterion="rademacher", split="uniform"),
+            cut(0.5, criterion="l1", split="rademacher"),
+            cut(0.5, criterion="entropy", split="uniform"),
+            cut(0.5, criterion="random"),
+        ],
+        BOTH,
     ),
 ]
 PLAN = Plan(TASKS, QUESTIONS, Path(__file__).parent / "results.jsonl")

@@ -14,47 +14,65 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from guard import load
 from plan import PLAN, SMALL, UNCUT, UNCUT_IMPACT
-from runner import Arm, Run, Task, measured
+from runner import Arm, Task, measured
 from tables import difference, filled, markdown, shown, signed
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pruning.md"
 
 
+HEADER = ["what decides", "at the end", "− uncut", "− Torch-Pruning", "MACs", "parameters"]
+SHARES = ("macs-0.3", "macs-0.7", "params-0.5")
+
+
 def uncut_of(arm: Arm) -> Arm:
     return UNCUT_IMPACT if arm.base == "saliency" else UNCUT
 
 
-def row(name: str, runs: list[Run], task: Task, peers: list[list[Run]], comparisons: int) -> list[str]:
-    """An arm: its accuracy, the paired difference to others, and what is left of the network."""
+def row(name: str, task: Task, arm: Arm, uncut: Arm | None, peer: Arm | None, comparisons: int) -> list[str]:
+    """An arm: its accuracy, the paired differences to others, and what is left of the network."""
+    runs, whole = PLAN.tests(task, arm), PLAN.tests(task, UNCUT)
     found = [measured(task, run) for run in runs]
     cells = [name, shown(found, 2)]
-    for other in peers:
-        same = not other or other is runs
-        versus = [measured(task, run) for run in other]
-        cells.append("" if same else signed(*difference(found, versus, comparisons), 2))
-    whole = PLAN.tests(task, UNCUT)
+    for other in (uncut, peer):
+        versus = [] if other in (None, arm) else [measured(task, run) for run in PLAN.tests(task, other)]
+        cells.append(signed(*difference(found, versus, comparisons), 2) if versus else "")
     return cells + [f"{fmean(run[key] for run in runs) / whole[0][key]:.0%}" for key in ("macs", "parameters")]
 
 
-def cuts(task: Task, *questions: str) -> str:
-    """What the cuts of some questions cost; all intervals of the table together hold at 95%."""
-    arms = [(q, arm) for q in questions for arm in PLAN.questions[q].arms if PLAN.tests(task, arm)]
-    table = [["what decides", "at the end", "− uncut", "− Torch-Pruning", "MACs", "parameters"]]
-    comparisons = 2 * len(arms) - len(questions)
-    if len(questions) == 1:
-        for arm in (UNCUT, UNCUT_IMPACT):
-            if runs := PLAN.tests(task, arm):
-                table.append(row(arm.name, runs, task, [[], []], 1))
-    for question, arm in arms:
-        runs = PLAN.tests(task, arm)
-        peer = next(each for each in PLAN.questions[question].arms if each.base == "torch-pruning")
-        versus = runs if arm == peer else PLAN.tests(task, peer)
-        target, removed = question.split("-")
-        name = arm.name if len(questions) == 1 else f"{float(removed):.0%} of the {target}: {arm.name}"
-        table.append(row(name, runs, task, [PLAN.tests(task, uncut_of(arm)), versus], comparisons))
-    return markdown(table)
+def half(task: Task) -> str:
+    """Half of the MACs, by what decides; all intervals of the table together hold at 95%."""
+    peer = torch_pruning("macs-0.5")
+    arms = [*PLAN.questions["macs-0.5"].arms, *PLAN.questions["apart"].arms]
+    arms = [arm for arm in arms if PLAN.tests(task, arm)]
+    rows = [row(arm.name, task, arm, None, None, 1) for arm in (UNCUT, UNCUT_IMPACT) if PLAN.tests(task, arm)]
+    rows += [row(arm.name, task, arm, uncut_of(arm), peer, 2 * len(arms) - 1) for arm in arms]
+    return markdown([HEADER, *rows])
+
+
+def shares(task: Task) -> str:
+    """Other shares than half of the MACs; all intervals of the table together hold at 95%."""
+    found = [(q, arm) for q in SHARES for arm in PLAN.questions[q].arms if PLAN.tests(task, arm)]
+    return markdown(
+        [
+            HEADER,
+            *(
+                row(f"{title(q)}: {arm.name}", task, arm, UNCUT, torch_pruning(q), 2 * len(found) - len(SHARES))
+                for q, arm in found
+            ),
+        ]
+    )
+
+
+def torch_pruning(question: str) -> Arm:
+    return next(arm for arm in PLAN.questions[question].arms if arm.base == "torch-pruning")
+
+
+def title(question: str) -> str:
+    target, share = question.split("-")
+    return f"{float(share):.0%} of the {'MACs' if target == 'macs' else 'parameters'}"
 
 
 def chosen() -> str:
@@ -75,7 +93,7 @@ def full() -> str:
             runs.setdefault(line["arm"], {})[line["seed"]] = line
     ends = {arm: [found[seed]["end"] for seed in sorted(found)] for arm, found in runs.items()}
     peer = "torch-pruning:uniform:cubic2-14@macs0.5"
-    table = [["what decides", "at the end", "− uncut", "− Torch-Pruning", "MACs", "parameters"]]
+    table = [HEADER]
     for arm, name in EARLIER.items():
         versus = [
             "" if arm in ("uncut", other) else signed(*difference(ends[arm], ends[other], 2 * len(EARLIER) - 3), 2)
@@ -85,6 +103,22 @@ def full() -> str:
             f"{fmean(run[key][1] / run[key][0] for run in runs[arm].values()):.0%}" for key in ("macs", "parameters")
         ]
         table.append([name, shown(ends[arm], 2), *versus, *left])
+    return markdown(table)
+
+
+def guarded() -> str:
+    """What is left under a guard, by its tolerance."""
+    by: dict[float | None, dict[int, dict[str, Any]]] = {}
+    for line in load():
+        by.setdefault(line["tolerance"], {})[line["seed"]] = line
+    table = [["tolerance", "MACs left", "parameters left", "test accuracy", "− uncut"]]
+    for tolerance, runs in by.items():
+        lines = [runs[seed] for seed in sorted(runs)]
+        tests, uncut = [line["test"] for line in lines], [by[None][seed]["test"] for seed in sorted(runs)]
+        name = "(uncut)" if tolerance is None else "no guard" if tolerance == 100 else f"{tolerance:g} points"
+        left = [shown([100 * line[key] for line in lines], 0) + "%" for key in ("macs", "parameters")]
+        versus = "" if tolerance is None else signed(*difference(tests, uncut, len(by) - 1), 2)
+        table.append([name, *left, shown(tests, 2), versus])
     return markdown(table)
 
 
@@ -100,9 +134,10 @@ EARLIER = {
 
 TABLES: dict[str, Callable[[], str]] = {
     "full": full,
-    "half": partial(cuts, SMALL, "macs-0.5"),
-    "shares": partial(cuts, SMALL, "macs-0.3", "macs-0.7", "params-0.5"),
+    "half": partial(half, SMALL),
+    "shares": partial(shares, SMALL),
     "chosen": chosen,
+    "guard": guarded,
 }
 
 if __name__ == "__main__":
