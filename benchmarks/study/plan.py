@@ -13,6 +13,17 @@ from runner import Arm, Plan, Question, Task
 MNIST1D_MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, lrs=(0.1, 0.2, 0.4))
 MNIST1D_CNN = Task("mnist1d-cnn", "mnist1d", "cnn", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2))
 DIGITS = Task("digits-mlp", "digits", "mlp", epochs=40, batch=100, lrs=(0.05, 0.1, 0.2))
+FASHION = Task(
+    "fashion5k-cnn",
+    "fashion-mnist",
+    "cnn",
+    epochs=20,
+    batch=100,
+    width=32,
+    subset=5000,
+    evaluate_every=2,
+    lrs=(0.02, 0.05, 0.1),
+)
 # The source's experiment, ResNet-18 for 90 epochs, as wide and on as many images as two cores can train.
 RESNET = Task(
     "fashion-resnet18",
@@ -54,7 +65,7 @@ GPT = replace(
     weight_decay=0.1,
     measure="bits",
 )
-SMALL = [MNIST1D_MLP, MNIST1D_CNN, DIGITS]
+SMALL = [MNIST1D_MLP, MNIST1D_CNN, DIGITS, FASHION]
 
 
 def named(tasks: list[Task]) -> tuple[str, ...]:
@@ -113,6 +124,10 @@ SOURCE = [
         for kl_weight in (0.0, 1.0)
     ),
 ]
+ON_FASHION = [
+    SOURCE[0],
+    *(source(f"lookahead: per tensor, λ = {kl:g}", "lookahead", "tensor", kl, lrs=FASHION.lrs) for kl in (0.0, 1.0)),
+]
 PER_TENSOR = [arm for arm in SOURCE if "per group" not in arm.name]
 WITHOUT_RESCALING = [
     Arm("uniform", "dropconnect", {"rescale": "none"}, (0.3,), lrs=LONG, tuning_seeds=TWO),
@@ -161,11 +176,12 @@ QUESTIONS = [
     *(Question(f"equal-{rate}", at_rate(rate), named([MNIST1D_MLP])) for rate in (0.1, 0.5)),
     Question("source", SOURCE, named([MNIST1D_MLP])),
     Question("source-tensor", PER_TENSOR, named([MNIST1D_MLP, MNIST1D_CNN])),
+    Question("source-fashion", ON_FASHION, named([FASHION])),
     Question("source-rescale", WITHOUT_RESCALING, named([MNIST1D_MLP])),
     Question("source-momentum", WITHOUT_MOMENTUM, named([MNIST1D_MLP])),
     Question("source-resnet", RESNET_ARMS, named([RESNET_TUNING, RESNET, CIFAR10])),
     Question("transformers", TRANSFORMERS, named([VIT, GPT])),
-    Question("transformers-sparse", SPARSE_TRANSFORMERS, named([VIT, GPT])),
+    Question("transformers-sparse", SPARSE_TRANSFORMERS, named([VIT])),
     Question("transformers-settings", SETTINGS, named([VIT, GPT]), tested=False),
     Question("best", BEST, named(SMALL)),
 ]

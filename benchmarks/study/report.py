@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from plan import PLAN
 from runner import Arm, Run, Task, measured
@@ -29,7 +30,7 @@ TITLES = {
     "mnist1d-cnn": "MNIST-1D, CNN",
     "digits-mlp": "digits, MLP",
     "fashion5k-cnn": "Fashion-MNIST 5k, CNN",
-    "fashion-resnet18": "Fashion-MNIST 2.5k, ResNet-18",
+    "fashion-resnet18": "Fashion-MNIST 1k, ResNet-18",
     "fashion-vit": "Fashion-MNIST 10k, ViT",
     "shakespeare-gpt": "Shakespeare, GPT, bits per character",
 }
@@ -161,6 +162,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "source": lambda: simple("source"),
     "source-tensor-early": lambda: simple("source-tensor", early),
     "source-tensor": lambda: simple("source-tensor"),
+    "source-fashion": lambda: simple("source-fashion"),
     "source-rescale": lambda: simple("source-rescale"),
     "source-momentum": lambda: simple("source-momentum"),
     "source-resnet": lambda: simple("source-resnet"),
@@ -231,9 +233,17 @@ def histograms(name: str, task: Task, rows: Rows) -> None:
 
 
 def convergence(name: str, task: Task, rows: Rows) -> None:
+    """Accuracy over the epochs, straight between those that were evaluated."""
+    import numpy as np
+
     from impact_optim.plots import arm_colors, plot_convergence
 
-    curves = {title: [[100 * a for a in run["accuracy"]] for run in PLAN.tests(task, arm)] for title, arm in rows}
+    def curve(run: Run) -> Any:
+        accuracy = np.array(run["accuracy"], dtype=float)
+        (known,) = np.nonzero(np.isfinite(accuracy))
+        return 100 * np.interp(np.arange(len(accuracy)), known, accuracy[known], left=math.nan)
+
+    curves = {title: [curve(run) for run in PLAN.tests(task, arm)] for title, arm in rows}
     figure = plot_convergence({"test accuracy (%)": curves}, arm_colors([title for title, _ in rows]))
     figure.savefig(IMAGES / f"study_{name}.png", dpi=130)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from plan import CNN, GPT, LENET, MLP, PLAN, SPARSITIES, TASKS, TUNED_AT, dense, methods
+from plan import CNN, GPT, LENET, METHODS, MLP, PLAN, SPARSITIES, TASKS, TUNED_AT, dense, methods
 from runner import Arm, Task, measured
 from tables import difference, filled, markdown, shown, signed
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def costs(task: Task) -> str:
 def chosen() -> str:
     """What the tuning has chosen, and what that reached on the validation split."""
     table = [["method", *(TITLES[task.name] for task in TASKS)]]
-    for name in ["dense", *(arm.name for arm in methods(MLP, TUNED_AT))]:
+    for name in ["dense", *METHODS]:
         row = [name]
         for task in TASKS:
             arms = {arm.name: arm for arm in [dense(task), *methods(task, TUNED_AT)]}
@@ -186,10 +186,9 @@ def draw() -> None:
 
     from impact_optim.plots import arm_colors
 
-    names = [arm.name for arm in methods(MLP, TUNED_AT)]
-    parts = [name for name in names if "our " in name]  # of ours, one by one
+    parts = [name for name in METHODS if "our " in name]  # of ours, one by one
     colors = {
-        **arm_colors([name for name in names if name not in parts]),
+        **arm_colors([name for name in METHODS if name not in parts]),
         **dict(zip(parts, ("0.4", "0.7"), strict=True)),
     }
     tasks = [task for task in TASKS if values(task, dense(task))]
@@ -220,7 +219,16 @@ def draw() -> None:
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("test accuracy (%)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    handles = {
+        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        [handles[name] for name in (*METHODS, "dense")],
+        [*METHODS, "dense"],
+        loc="outside right center",
+        frameon=False,
+        fontsize=8,
+    )
     figure.savefig(ROOT / "docs" / "images" / "tiny_sparse.png", dpi=130)
 
 
