@@ -75,12 +75,13 @@ def test_arms_of_a_table_differ_in_what_is_cut_alone():
     from runner import settings_of
 
     point = {"lr": 0.1, "drop_rate": 0.0, "options": {}}
-    for name, question in PLAN.questions.items():
+    for question in PLAN.questions.values():
         for arm in question.arms:
+            is_uncut = arm in (UNCUT, UNCUT_IMPACT)
             settings = settings_of(SMALL, arm, point, "test", 0)
-            assert ("prune" in settings) == (name != "uncut" and arm.name != "from scratch")
-            if name != "uncut":
-                assert arm.tuned_as == ("uncut", UNCUT_IMPACT.name if "importance" in arm.name else UNCUT.name)
+            assert ("prune" in settings) == (not is_uncut and arm.name != "from scratch")
+            tuned_as = ("importance", UNCUT_IMPACT.name) if "importance" in arm.name else ("uncut", UNCUT.name)
+            assert arm.tuned_as == (None if is_uncut else tuned_as)
     assert PLAN.questions["macs-0.5"].arms[0].prune == {
         "remove": 0.5, "by": 14, "target": "macs", "criterion": "rademacher", "split": None
     }  # fmt: skip

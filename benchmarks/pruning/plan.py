@@ -37,7 +37,7 @@ def cut(
     prune: dict[str, Any] = {"remove": remove, "by": BY, "target": target, "criterion": criterion, "split": split}
     name = criterion if split is None else f"{criterion}, {split}"
     if criterion == "importance":
-        return Arm(name, "saliency", drop_rates=(0.1,), prune=prune, lrs=(), tuned_as=("uncut", UNCUT_IMPACT.name))
+        return Arm(name, "saliency", drop_rates=(0.1,), prune=prune, lrs=(), tuned_as=("importance", UNCUT_IMPACT.name))
     return Arm(name, base, prune=prune, lrs=(), tuned_as=("uncut", UNCUT.name))
 
 
@@ -56,14 +56,13 @@ def named(remove: float, target: str) -> str:
 
 BOTH = (SMALL.name, FULL.name)
 QUESTIONS = [
-    Question("uncut", [UNCUT, UNCUT_IMPACT], BOTH),
-    Question(
-        named(0.5, "macs"), [cut(0.5), *peers(0.5), cut(0.5, criterion="l1"), cut(0.5, criterion="importance")], BOTH
-    ),
+    Question("uncut", [UNCUT], BOTH),
+    Question(named(0.5, "macs"), [cut(0.5), *peers(0.5), cut(0.5, criterion="l1")], BOTH),
     *(
         Question(named(remove, target), [cut(remove, target), *peers(remove, target)], BOTH)
         for remove, target in ((0.7, "macs"), (0.3, "macs"), (0.5, "params"))
     ),
+    Question("importance", [UNCUT_IMPACT, cut(0.5, criterion="importance")], BOTH),
     Question(
         "apart",  # criterion and split
         [

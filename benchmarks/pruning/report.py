@@ -45,8 +45,8 @@ def row(name: str, task: Task, arm: Arm, uncut: Arm | None, peer: Arm | None, co
 def half(task: Task) -> str:
     """Half of the MACs, by what decides; all intervals of the table together hold at 95%."""
     peer = torch_pruning("macs-0.5")
-    arms = [*PLAN.questions["macs-0.5"].arms, *PLAN.questions["apart"].arms]
-    arms = [arm for arm in arms if PLAN.tests(task, arm)]
+    arms = [arm for question in ("macs-0.5", "importance", "apart") for arm in PLAN.questions[question].arms]
+    arms = [arm for arm in arms if arm != UNCUT_IMPACT and PLAN.tests(task, arm)]
     rows = [row(arm.name, task, arm, None, None, 1) for arm in (UNCUT, UNCUT_IMPACT) if PLAN.tests(task, arm)]
     rows += [row(arm.name, task, arm, uncut_of(arm), peer, 2 * len(arms) - 1) for arm in arms]
     return markdown([HEADER, *rows])
