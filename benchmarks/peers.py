@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from impact_optim import SIGNALS, ImpactSGD, SparsityReport, erdos_renyi
 from impact_optim.engine import _gradients_at
 from impact_optim.experiments.arms import BASES, SGD, build_optimizer
-from impact_optim.experiments.models import TransformerBlock
+from impact_optim.experiments.models import ResNet18, TransformerBlock
 from impact_optim.experiments.sparse import CannotBeSparse, ramp_epochs
 from impact_optim.impact import ImpactOptimizer
 from impact_optim.pruning import CRITERIA, ActivationPruner, UnitGroup
@@ -261,10 +261,10 @@ def make_narrow(model: nn.Module, example: Tensor, seed: int, remove: float, tar
     ActivationPruner(model, example, {1: remove}, criterion="random", target=target, seed=seed).step()
     torch.manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             module.reset_parameters()
+        if isinstance(model, ResNet18) and isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 # ------------------------------------------------------------------------------- by name

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from guard import load
-from plan import PLAN, SMALL, UNCUT, UNCUT_IMPACT
+from plan import CNN, PLAN, UNCUT, UNCUT_IMPACT
 from runner import Arm, Task, measured
 from tables import difference, filled, markdown, shown, signed
 
@@ -79,7 +79,7 @@ def chosen() -> str:
     """The learning rates of the uncut networks."""
     table = [["network", *(f"{lr:g}" for lr in UNCUT.lrs or ())]]
     for arm in (UNCUT, UNCUT_IMPACT):
-        if scores := PLAN.validated(SMALL, arm):
+        if scores := PLAN.validated(CNN, arm):
             table.append([arm.name, *(f"{score:.2f}" for score, _ in scores)])
     return markdown(table)
 
@@ -134,8 +134,8 @@ EARLIER = {
 
 TABLES: dict[str, Callable[[], str]] = {
     "full": full,
-    "half": partial(half, SMALL),
-    "shares": partial(shares, SMALL),
+    "half": partial(half, CNN),
+    "shares": partial(shares, CNN),
     "chosen": chosen,
     "guard": guarded,
 }

@@ -1,11 +1,11 @@
 """Trains what the benchmark of cut networks declares in plan.py and is not in results.jsonl yet.
 
 python benchmarks/pruning/run.py
-python benchmarks/pruning/run.py --tasks fashion-resnet18-full --device cuda --workers 15
+python benchmarks/pruning/run.py --tasks fashion-resnet18 --device cuda --workers 15
 python benchmarks/pruning/report.py                # the tables of docs/pruning.md
 """
 
-from plan import FULL, PLAN
+from plan import PLAN, RESNET
 
 if __name__ == "__main__":
-    PLAN.main(__doc__, unasked=(FULL.name,))
+    PLAN.main(__doc__, unasked=(RESNET.name,))

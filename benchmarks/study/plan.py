@@ -173,7 +173,7 @@ SETTINGS = [
 QUESTIONS = [
     Question("baselines", BASELINES, named(SMALL)),
     Question("equal-0.3", at_rate(0.3), named(SMALL)),
-    *(Question(f"equal-{rate}", at_rate(rate), named([MNIST1D_MLP])) for rate in (0.1, 0.5)),
+    *(Question(f"equal-{rate}", at_rate(rate), named([MNIST1D_MLP, MNIST1D_CNN, DIGITS])) for rate in (0.1, 0.5)),
     Question("source", SOURCE, named([MNIST1D_MLP])),
     Question("source-tensor", PER_TENSOR, named([MNIST1D_MLP, MNIST1D_CNN])),
     Question("source-fashion", ON_FASHION, named([FASHION])),
