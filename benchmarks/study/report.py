@@ -103,7 +103,7 @@ def simple(question: str, measure: Measure = measured) -> str:
 def equal(rate: str, measure: Measure = measured) -> str:
     question = f"equal-{rate}"
     rows = [("SGD, nothing dropped", PLAN.arm("baselines", "SGD")), *rows_of(question)]
-    return compared(tasks_of("baselines", question), rows, first_of(question), "uniform", measure)
+    return compared(tasks_of(question), rows, first_of(question), "uniform", measure)
 
 
 def best(measure: Measure = measured) -> str:
@@ -113,7 +113,7 @@ def best(measure: Measure = measured) -> str:
 
 def gaps() -> str:
     """Training minus test accuracy in points, and test minus training loss."""
-    tasks = tasks_of("baselines", "equal-0.3")
+    tasks = tasks_of("equal-0.3")
     table = [["arm", *(f"{TITLES[task.name]}: {what}" for task in tasks for what in ("points", "loss"))]]
 
     def points(task: Task, run: Run) -> float:
@@ -256,7 +256,7 @@ def draw() -> None:
     for rate in ("0.1", "0.3", "0.5"):
         question = f"equal-{rate}"
         rows = [("SGD", PLAN.arm("baselines", "SGD")), *rows_of(question)[1:]]
-        forest(question, tasks_of("baselines", question), rows, first_of(question), "uniform masks")
+        forest(question, tasks_of(question), rows, first_of(question), "uniform masks")
     rows = [*rows_of("baselines"), *rows_of("best")]
     forest("best", tasks_of("baselines", "best"), rows, strongest, "strongest baseline")
     for task in tasks_of("source-resnet"):
