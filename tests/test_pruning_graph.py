@@ -9,6 +9,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 
 import impact_optim.pruning
-from impact_optim.pruning import cut, open_heads, trace
+from impact_optim.pruning import cut, load_pruned, open_heads, save_pruned, trace
 
 Unit = tuple[str, int]
 """Group, and number in it."""
@@ -801,6 +802,41 @@ def test_attention_with_more_keys_than_its_input_has_stays_as_it_is() -> None:
         nn.MultiheadAttention(12, 3, add_bias_kv=True), nn.MultiheadAttention(12, 3, add_zero_attn=True)
     )
     assert all(type(module) is nn.MultiheadAttention for module in open_heads(kept))
+
+
+def windowed(second: bool) -> nn.Module:
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    block, merging = (
+        (swin.SwinTransformerBlockV2, swin.PatchMergingV2) if second else (swin.SwinTransformerBlock, swin.PatchMerging)
+    )
+    sizes = {"patch_size": [2, 2], "embed_dim": 12, "depths": [2, 2], "num_heads": [3, 4], "window_size": [4, 4]}
+    return randomised(swin.SwinTransformer(**sizes, num_classes=2, block=block, downsample_layer=merging))
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["Swin", "Swin V2"])
+def test_heads_of_open_windows_are_cut(second: bool, tmp_path: Path) -> None:
+    model = windowed(second)
+    opened = open_heads(copy.deepcopy(model))
+    assert opened.state_dict().keys() == model.state_dict().keys()
+    for side in (18, 32):  # padded at two sides; windows as large as the image, which are not shifted
+        x = torch.randn(2, 3, side, side, dtype=torch.float64)
+        assert torch.equal(opened(x), model(x))
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        for one, other in zip(
+            torch.autograd.grad(opened(x).square().sum(), list(opened.parameters())), expected, strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    layers = [f"features.{stage}.{block}" for stage in (1, 3) for block in (0, 1)]
+    groups = {f"{layer}.attn.qkv": 3 if layer < "features.3" else 4 for layer in layers}
+    groups |= {f"{layer}.mlp.0": 48 if layer < "features.3" else 96 for layer in layers}
+    if second:
+        groups |= {f"{layer}.attn.cpb_mlp.0": 512 for layer in layers}
+    check(Case(opened, (x,), groups, {}))
+    attention = opened.features[1][0].attn
+    assert attention.qkv.out_features == 3 * 4 * attention.num_heads < 36
+    opened.eval()
+    save_pruned(opened, tmp_path)
+    assert torch.equal(load_pruned(open_heads(windowed(second)).eval(), tmp_path)(x), opened(x))
 
 
 def recurrent(kind: type[nn.RNNBase], **options: Any) -> nn.Module:
