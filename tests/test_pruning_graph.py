@@ -20,7 +20,7 @@ from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 
 import impact_optim.pruning
-from impact_optim.pruning import cut, load_pruned, open_heads, save_pruned, trace
+from impact_optim.pruning import UnitGraph, cut, load_pruned, open_heads, save_pruned, trace
 
 Unit = tuple[str, int]
 """Group, and number in it."""
@@ -831,7 +831,8 @@ def test_heads_of_open_windows_are_cut(second: bool, tmp_path: Path) -> None:
     groups |= {f"{layer}.mlp.0": 48 if layer < "features.3" else 96 for layer in layers}
     if second:
         groups |= {f"{layer}.attn.cpb_mlp.0": 512 for layer in layers}
-    check(Case(opened, (x,), groups, {}))
+    graph = check(Case(opened, (x,), groups, {}))
+    assert graph.groups[f"{layers[0]}.attn.qkv"].kind == "heads of 4"  # though a bias and a scale have one for each
     attention = opened.features[1][0].attn
     assert attention.qkv.out_features == 3 * 4 * attention.num_heads < 36
     opened.eval()
@@ -1217,7 +1218,7 @@ def masked(model: nn.Module, reads: dict[str, tuple[int, list[Unit]]], removed: 
         model.get_submodule(name).register_forward_pre_hook(hook)
 
 
-def check(case: Case, only: set[str] | None = None) -> None:
+def check(case: Case, only: set[str] | None = None) -> UnitGraph:
     model = randomised(case.model)
     graph = trace(model, case.inputs)
     assert {name: group.size for name, group in graph.groups.items()} == case.groups, str(graph)
@@ -1236,6 +1237,7 @@ def check(case: Case, only: set[str] | None = None) -> None:
         sum(leaf.sum() for leaf in outputs(model, case.inputs)).backward()
         assert all(param.grad is None or param.grad.shape == param.shape for param in model.parameters())
         model.zero_grad()
+    return graph
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
