@@ -1069,6 +1069,11 @@ def test_an_untraceable_model_is_named_with_the_line() -> None:
         trace(model.double(), tokens())
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_a_convolution_takes_a_sample_by_itself(kind: type[nn.Module]) -> None:
+    check(Case(nn.Sequential(kind(3, 6, 2), nn.ReLU(), kind(6, 2, 2)), (torch.randn(3, 5).double(),), {"0": 6}, {}))
+
+
 def test_an_untraceable_module_can_be_ignored() -> None:
     class Choice(nn.Module):
         def __init__(self) -> None:
@@ -1117,6 +1122,11 @@ class Caching(nn.Module):
         length = x.shape[1]
         if self.where == "function":
             table = positions(length)
+        elif self.where == "module":
+            if "keeper" not in self._modules:
+                self.keeper = nn.Identity()
+                self.keeper.table = torch.linspace(0, 1, length)
+            table = self.keeper.table
         elif self.where in ("class", "object"):
             keeper = type(self) if self.where == "class" else self.object
             if keeper.table is None:
@@ -1130,7 +1140,7 @@ class Caching(nn.Module):
         return self.b(F.relu(self.a(x + table[:, None])))
 
 
-@pytest.mark.parametrize("where", ["function", "class", "object", "file", "ordered", "nested"])
+@pytest.mark.parametrize("where", ["function", "module", "class", "object", "file", "ordered", "nested"])
 def test_no_cache_keeps_tensors_without_data(where: str) -> None:
     model, inputs = Caching(where), (torch.randn(2, 5, 12),)
     graph = trace(model, inputs)

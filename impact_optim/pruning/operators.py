@@ -243,12 +243,11 @@ def _convolution(transposed: bool) -> Rule:
     def rule(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
         value, weight, bias, groups = bound["input"], bound["weight"], bound["bias"], bound["groups"]
         shape, spatial = _shape(node), len(weight.shape) - 2
-        if len(value.shape) < spatial + 2:  # a single sample
-            return run.unknown([v for v in (value, weight, bias) if v is not None], node)
+        single = len(value.shape) == spatial + 1  # a sample by itself
         run.see("input", value, nn.modules.conv._ConvNd)
         taps = range(2, 2 + spatial)
-        mixed = run.mix(value, taps)
-        inputs = Value(value.shape[:2], [index0(labels, taps) for labels in mixed.labels], value.weight)
+        mixed = [a.unsqueeze(0) if single else a for a in run.mix(value, range(-spatial, 0)).labels]
+        inputs = Value((1, *value.shape)[-2 - spatial : -spatial], [index0(a, taps) for a in mixed], value.weight)
         for labels in weight.labels:
             if not {0, 1}.issuperset(varied(labels)):
                 run.freeze(labels, None)
@@ -264,7 +263,8 @@ def _convolution(transposed: bool) -> Rule:
             result = run.combine(result.shape, [result, bias])
         for labels in result.labels:
             run.size_follows("out_channels", labels, 1)
-        result = Value(shape, [labels.reshape(*labels.shape, *[1] * spatial).expand(shape) for labels in result.labels])
+        arrays = [labels.reshape(*labels.shape, *[1] * spatial) for labels in result.labels]
+        result = Value(shape, [(labels[0] if single else labels).expand(shape) for labels in arrays])
         run.see("output", result, nn.modules.conv._ConvNd)
         return result
 

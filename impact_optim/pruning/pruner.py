@@ -335,15 +335,14 @@ class ActivationPruner:
             self._attach_if_due()
 
 
-class _Snapshot:
+class _Snapshot(Snapshot):
     """All that a cut and an evaluation after it may change, to go back to."""
 
     def __init__(self, pruner: ActivationPruner) -> None:
+        super().__init__([pruner.model, *pruner.averaged], pruner.graph)
         self._pruner = pruner
-        self._models = Snapshot([pruner.model, *pruner.averaged])
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
         self._masks = [(mask, mask.draws) for mask in drawn_masks(pruner.optimizers, pruner.model)]
-        self._restore_graph = pruner.graph.snapshot()
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.batches))
         self._own = {name: vars(pruner)[name] for name in ("_best_metric", "epoch")}
@@ -351,14 +350,13 @@ class _Snapshot:
 
     def restore(self) -> None:
         """Can be called again."""
-        self._models.restore()
+        super().restore()
         for optimizer, state in self._states:
             if optimizer.state is not state:
                 replace_state(optimizer, state)
         for mask, draws in self._masks:
             if not mask.is_over:
                 mask.draws = draws
-        self._restore_graph()
         statistics = self._pruner.statistics
         statistics.groups, statistics.batches = deepcopy(self._statistics)
         vars(self._pruner).update(self._own)
