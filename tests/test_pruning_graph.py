@@ -1069,6 +1069,18 @@ def test_an_untraceable_model_is_named_with_the_line() -> None:
         trace(model.double(), tokens())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_module_is_refused_and_the_model_left_as_it_was() -> None:
+    model, inputs = (
+        nn.Sequential(nn.Linear(12, 6), torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 2)).double(),
+        tokens(),
+    )
+    before = model(*inputs)
+    with pytest.raises(RuntimeError, match="stopped in 1 "):
+        trace(model, inputs)
+    assert torch.equal(model(*inputs), before)
+
+
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
 def test_a_convolution_takes_a_sample_by_itself(kind: type[nn.Module]) -> None:
     check(Case(nn.Sequential(kind(3, 6, 2), nn.ReLU(), kind(6, 2, 2)), (torch.randn(3, 5).double(),), {"0": 6}, {}))

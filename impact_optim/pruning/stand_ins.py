@@ -43,6 +43,8 @@ def without_data(model: nn.Module, plan: Plan) -> Iterator[FakeTensorMode]:
     held = _Held(model)
     try:
         for prefix, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # torch.export cannot trace it, nor is what it holds in dicts
             for store in (module._parameters, module._buffers):
                 for key, tensor in store.items():
                     if tensor is not None:
@@ -84,7 +86,9 @@ class _Held:
         for module in modules:
             before = {key: value for key, value in vars(module).items() if key not in _TORCHS_OWN}
             self._dicts.append((vars(module), before))
-            self._dicts += [(store, dict(store)) for store in (module._parameters, module._buffers, module._modules)]
+            if not isinstance(module, torch.jit.ScriptModule):
+                stores = (module._parameters, module._buffers, module._modules)
+                self._dicts += [(store, dict(store)) for store in stores]
             for value in before.values():
                 self._hold(value, _LEVELS)
         classes = {kind for module in modules for kind in type(module).__mro__ if not _is_torchs(kind)}
