@@ -9,6 +9,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 
 import impact_optim.pruning
-from impact_optim.pruning import cut, open_heads, trace
+from impact_optim.pruning import UnitGraph, cut, load_pruned, open_heads, save_pruned, trace
 
 Unit = tuple[str, int]
 """Group, and number in it."""
@@ -803,6 +804,42 @@ def test_attention_with_more_keys_than_its_input_has_stays_as_it_is() -> None:
     assert all(type(module) is nn.MultiheadAttention for module in open_heads(kept))
 
 
+def windowed(second: bool) -> nn.Module:
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    block, merging = (
+        (swin.SwinTransformerBlockV2, swin.PatchMergingV2) if second else (swin.SwinTransformerBlock, swin.PatchMerging)
+    )
+    sizes = {"patch_size": [2, 2], "embed_dim": 12, "depths": [2, 2], "num_heads": [3, 4], "window_size": [4, 4]}
+    return randomised(swin.SwinTransformer(**sizes, num_classes=2, block=block, downsample_layer=merging))
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["Swin", "Swin V2"])
+def test_heads_of_open_windows_are_cut(second: bool, tmp_path: Path) -> None:
+    model = windowed(second)
+    opened = open_heads(copy.deepcopy(model))
+    assert opened.state_dict().keys() == model.state_dict().keys()
+    for side in (18, 32):  # padded at two sides; windows as large as the image, which are not shifted
+        x = torch.randn(2, 3, side, side, dtype=torch.float64)
+        assert torch.equal(opened(x), model(x))
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        for one, other in zip(
+            torch.autograd.grad(opened(x).square().sum(), list(opened.parameters())), expected, strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    layers = [f"features.{stage}.{block}" for stage in (1, 3) for block in (0, 1)]
+    groups = {f"{layer}.attn.qkv": 3 if layer < "features.3" else 4 for layer in layers}
+    groups |= {f"{layer}.mlp.0": 48 if layer < "features.3" else 96 for layer in layers}
+    if second:
+        groups |= {f"{layer}.attn.cpb_mlp.0": 512 for layer in layers}
+    graph = check(Case(opened, (x,), groups, {}))
+    assert graph.groups[f"{layers[0]}.attn.qkv"].kind == "heads of 4"  # though a bias and a scale have one for each
+    attention = opened.features[1][0].attn
+    assert attention.qkv.out_features == 3 * 4 * attention.num_heads < 36
+    opened.eval()
+    save_pruned(opened, tmp_path)
+    assert torch.equal(load_pruned(open_heads(windowed(second)).eval(), tmp_path)(x), opened(x))
+
+
 def recurrent(kind: type[nn.RNNBase], **options: Any) -> nn.Module:
     width = 5 * (2 if options.get("bidirectional") else 1)
 
@@ -1032,6 +1069,23 @@ def test_an_untraceable_model_is_named_with_the_line() -> None:
         trace(model.double(), tokens())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_module_is_refused_and_the_model_left_as_it_was() -> None:
+    model, inputs = (
+        nn.Sequential(nn.Linear(12, 6), torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 2)).double(),
+        tokens(),
+    )
+    before = model(*inputs)
+    with pytest.raises(RuntimeError, match="stopped in 1 "):
+        trace(model, inputs)
+    assert torch.equal(model(*inputs), before)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_a_convolution_takes_a_sample_by_itself(kind: type[nn.Module]) -> None:
+    check(Case(nn.Sequential(kind(3, 6, 2), nn.ReLU(), kind(6, 2, 2)), (torch.randn(3, 5).double(),), {"0": 6}, {}))
+
+
 def test_an_untraceable_module_can_be_ignored() -> None:
     class Choice(nn.Module):
         def __init__(self) -> None:
@@ -1080,6 +1134,11 @@ class Caching(nn.Module):
         length = x.shape[1]
         if self.where == "function":
             table = positions(length)
+        elif self.where == "module":
+            if "keeper" not in self._modules:
+                self.keeper = nn.Identity()
+                self.keeper.table = torch.linspace(0, 1, length)
+            table = self.keeper.table
         elif self.where in ("class", "object"):
             keeper = type(self) if self.where == "class" else self.object
             if keeper.table is None:
@@ -1093,7 +1152,7 @@ class Caching(nn.Module):
         return self.b(F.relu(self.a(x + table[:, None])))
 
 
-@pytest.mark.parametrize("where", ["function", "class", "object", "file", "ordered", "nested"])
+@pytest.mark.parametrize("where", ["function", "module", "class", "object", "file", "ordered", "nested"])
 def test_no_cache_keeps_tensors_without_data(where: str) -> None:
     model, inputs = Caching(where), (torch.randn(2, 5, 12),)
     graph = trace(model, inputs)
@@ -1181,7 +1240,7 @@ def masked(model: nn.Module, reads: dict[str, tuple[int, list[Unit]]], removed: 
         model.get_submodule(name).register_forward_pre_hook(hook)
 
 
-def check(case: Case, only: set[str] | None = None) -> None:
+def check(case: Case, only: set[str] | None = None) -> UnitGraph:
     model = randomised(case.model)
     graph = trace(model, case.inputs)
     assert {name: group.size for name, group in graph.groups.items()} == case.groups, str(graph)
@@ -1200,6 +1259,7 @@ def check(case: Case, only: set[str] | None = None) -> None:
         sum(leaf.sum() for leaf in outputs(model, case.inputs)).backward()
         assert all(param.grad is None or param.grad.shape == param.shape for param in model.parameters())
         model.zero_grad()
+    return graph
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

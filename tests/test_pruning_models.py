@@ -24,8 +24,8 @@ timm = pytest.importorskip("timm")
 
 CLASSIFICATION = torchvision.models.list_models(module=torchvision.models)
 SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
-OPEN = ["vit_b_16"]
-"""Classification models with ``nn.MultiheadAttention``, whose heads can be cut once they are opened."""
+OPEN = {"vit_b_16": 12 * 12, "swin_t": 6 + 12 + 72 + 48, "swin_v2_t": 6 + 12 + 72 + 48}
+"""Classification models whose heads can be cut once they are opened, and how many they are."""
 VIDEO = torchvision.models.list_models(module=torchvision.models.video)
 DETECTION = torchvision.models.list_models(module=torchvision.models.detection)
 TIMM = [
@@ -199,7 +199,8 @@ def test_cut_equals_masked(name: str, tally: list[str]) -> None:
     if (heads := HEADS.get(name.removeprefix("transformers/"))) is not None and name.startswith("transformers"):
         assert sum(size for group, size in units_before.items() if re.search(r"att|Attention", group)) == heads
     if name.startswith("open"):
-        assert sum(size for group, size in units_before.items() if "attention" in group) == 12 * 12
+        heads = OPEN[name.removeprefix("open/")]
+        assert sum(size for group, size in units_before.items() if re.search(r"attention|attn\.qkv", group)) == heads
     generator = torch.Generator().manual_seed(0)
     before, worst = sum(parameter.numel() for parameter in model.parameters()), 0.0
     slowest = 0.0

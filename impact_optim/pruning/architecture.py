@@ -34,22 +34,18 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise ValueError(f"{name or 'the model'} ({type(module).__name__}) has extra state, which cannot be kept")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     # Cloned, because safetensors refuses tensors that share memory.
     contents = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in _tensors(model).items()
     }
-    architecture = {
-        "types": {name: type(module).__qualname__ for name, module in model.named_modules()},
-        "sizes": _kept_sizes(model),
-        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-    }
+    architecture = _architecture(model)
     new_weights, new_architecture = folder / f"{_WEIGHTS}.new", folder / f"{_ARCHITECTURE}.new"
     save_file(contents, new_weights)
     text = {
         "format": "impact_optim.pruning",
         "version": VERSION,
-        "sha256": {"architecture": _digest(architecture), _WEIGHTS: _file_digest(new_weights)},
+        "sha256": {"architecture": _digest(architecture), _WEIGHTS: _sha256(new_weights.read_bytes())},
         "architecture": architecture,
     }
     new_architecture.write_text(json.dumps(text, indent=1), encoding="utf-8")
@@ -74,9 +70,9 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     folder = Path(folder)
     architecture = _read_architecture(folder)
     contents = _read_weights(folder, architecture["shapes"])
-    tensors = _check_model(model, architecture, folder / _ARCHITECTURE)
-    _check_sizes(model, architecture, folder / _ARCHITECTURE)
-    new = {name: _fitted(name, tensors[name], contents[name]) for name in tensors}
+    _check_fit(model, architecture, folder / _ARCHITECTURE)
+    tensors = _tensors(model)
+    new = {name: _fitted(name, tensor, contents[name]) for name, tensor in tensors.items()}
     set_integer_attributes(model, architecture["sizes"])
     for name, tensor in tensors.items():
         tensor.grad = None
@@ -84,18 +80,27 @@ def load_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-# ------------------------------------------------------------------------------- attributes
+# ------------------------------------------------------------------------------- what tells a network
 
 
-def _kept_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What tells a network: the integer attributes of torch's layers, and others that a cut may set.
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _architecture(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Types of modules, shapes of tensors, and integer attributes: those of torch's layers and those that a cut sets.
 
     What else a module counts, such as its calls, is not of the network.
     """
     modules = dict(model.named_modules())
-    return {
+    sizes = {
         name: {key: value for key, value in found.items() if _is_torchs(modules[name], key) or may_shrink(key, value)}
         for name, found in integer_attributes(model).items()
+    }
+    return {
+        "types": {name: type(module).__qualname__ for name, module in modules.items()},
+        "sizes": sizes,
+        "shapes": {name: list(tensor.shape) for name, tensor in _tensors(model).items()},
     }
 
 
@@ -128,7 +133,7 @@ def _read_architecture(folder: Path) -> dict[str, Any]:
     try:
         if text["sha256"]["architecture"] != _digest(text["architecture"]):
             raise ValueError(f"{path} is damaged: its checksum differs. Save the network again")
-        if text["sha256"][_WEIGHTS] != _file_digest(folder / _WEIGHTS):
+        if text["sha256"][_WEIGHTS] != _sha256((folder / _WEIGHTS).read_bytes()):
             raise ValueError(
                 f"{folder / _WEIGHTS} is damaged, or was not saved together with {_ARCHITECTURE}: its checksum "
                 "differs. Save the network again"
@@ -162,46 +167,33 @@ def _read_weights(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Tenso
     return contents
 
 
-def _check_model(model: nn.Module, architecture: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of a model by name, if it can become the one that was saved."""
-    kind = type(model).__name__
+def _check_fit(model: nn.Module, there: dict[str, dict[str, Any]], path: Path) -> None:
+    """Raises if no cut makes what was saved of a model: tensors and attributes may be smaller, and nothing else."""
+    here, modules = _architecture(model), dict(model.named_modules())
+    is_not = f"{type(model).__name__} is not the model of {path}:"
+    cannot = f"{type(model).__name__} cannot become the model of {path}:"
     remedy = "build the model that was saved, as its code does before any cut"
-    types = {name: type(module).__qualname__ for name, module in model.named_modules()}
-    for name in {**types, **architecture["types"]}:
-        if types.get(name) != (saved := architecture["types"].get(name)):
-            raise ValueError(
-                f"{kind} is not the model of {path}: {name or 'the model'!r} is {types.get(name, 'absent')} here, "
-                f"{saved or 'absent'} there; {remedy}"
-            )
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = architecture["shapes"]
-    for name in {**tensors, **shapes}:
-        if name not in tensors or name not in shapes:
-            where = "here" if name in tensors else "there"
-            raise ValueError(f"{kind} is not the model of {path}: there is a tensor {name!r} only {where}; {remedy}")
-        ours, theirs = tuple(tensors[name].shape), tuple(shapes[name])
+    for name in {**here["types"], **there["types"]}:
+        ours, theirs = (part["types"].get(name, "absent") for part in (here, there))
+        if ours != theirs:
+            raise ValueError(f"{is_not} {name or 'the model'!r} is {ours} here, {theirs} there; {remedy}")
+    for name in sorted(here["shapes"].keys() ^ there["shapes"].keys()):
+        where = "here" if name in here["shapes"] else "there"
+        raise ValueError(f"{is_not} there is a tensor {name!r} only {where}; {remedy}")
+    for name in here["shapes"]:
+        ours, theirs = (tuple(part["shapes"][name]) for part in (here, there))
         if len(ours) != len(theirs) or any(a < b for a, b in zip(ours, theirs, strict=True)):
-            raise ValueError(
-                f"{kind} cannot become the model of {path}: {name} has the shape {ours} here, which no cut brings to "
-                f"{theirs}; {remedy}"
-            )
-    return tensors
-
-
-def _check_sizes(model: nn.Module, architecture: dict[str, Any], path: Path) -> None:
-    """Attributes may be smaller than here where a cut makes them so."""
-    kind, modules, all_sizes = type(model).__name__, dict(model.named_modules()), architecture["sizes"]
-    ours = _kept_sizes(model)
-    for name in {**ours, **all_sizes}:
-        here, there = ours.get(name, {}), all_sizes.get(name, {})
-        for key in {**here, **there}:
-            old, value = here.get(key), there.get(key)
+            raise ValueError(f"{cannot} {name} has the shape {ours} here, which no cut brings to {theirs}; {remedy}")
+    for name in {**here["sizes"], **there["sizes"]}:
+        ours, theirs = (part["sizes"].get(name, {}) for part in (here, there))
+        for key in {**ours, **theirs}:
+            old, value = ours.get(key), theirs.get(key)
             fixed = isinstance(old, list | tuple) and _is_torchs(modules[name], key)  # a stride, a kernel
             shrunk = not fixed and may_shrink(key, old) and _is_shrunk(old, value)
             if not shrunk and value != (list(old) if isinstance(old, tuple) else old):
                 raise ValueError(
-                    f"{kind} cannot become the model of {path}: {key} of {name or 'the model'!r} is {old!r} here, "
-                    f"which no cut brings to {value!r}; build the model that was saved, as its code does before any cut"
+                    f"{cannot} {key} of {name or 'the model'!r} is {old!r} here, which no cut brings to {value!r}; "
+                    f"{remedy}"
                 )
 
 
@@ -216,12 +208,8 @@ def _fitted(name: str, tensor: Tensor, content: Tensor) -> Tensor:
 
 
 def _digest(architecture: Any) -> str:
-    return hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(architecture, sort_keys=True).encode())
 
 
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

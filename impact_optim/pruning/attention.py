@@ -1,6 +1,9 @@
-"""``nn.MultiheadAttention`` whose heads can be cut."""
+"""Attention whose heads can be cut: of ``nn.MultiheadAttention``, and of the windows of torchvision's Swin."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,20 +11,23 @@ from torch import Tensor, nn
 
 
 def open_heads(model: nn.Module) -> nn.Module:
-    """Lets the heads of every ``nn.MultiheadAttention`` of a model be cut, in place, and returns the model.
+    """Lets the heads of every ``nn.MultiheadAttention`` and of torchvision's Swin be cut, in place; returns the model.
 
-    Torch's own forward pass takes the width of a head from that of the input, so that there can be no heads less. The
-    modules become :class:`OpenMultiheadAttention`, with the same parameters and names, and the same results. Do so
-    before an ``ActivationPruner`` is made, and before ``load_pruned``. Those with ``add_bias_kv`` or ``add_zero_attn``
-    stay as they are.
+    Their own forward passes take the width of a head from that of the input, so that there can be no heads less. The
+    modules become :class:`OpenMultiheadAttention` and :class:`OpenWindowAttention`, with the same parameters and names,
+    and the same results. Do so before an ``ActivationPruner`` is made, and before ``load_pruned``. Those with
+    ``add_bias_kv`` or ``add_zero_attn`` stay as they are.
     """
     for module in model.modules():
-        if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
+        kind = type(module)
+        if kind is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
             module.__class__ = OpenMultiheadAttention
             # Else nn.TransformerEncoderLayer evaluates in a kernel of its own, which knows one width only.
             module._qkv_same_embed_dim = False
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which only that kernel takes
+        elif kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__ in _WINDOWED:
+            module.__class__ = OpenWindowAttention
     return model
 
 
@@ -87,3 +93,78 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
         if of_keys is not None:
             of_keys = of_keys[:, None, None, :]
         return of_keys if of_pairs is None else of_pairs if of_keys is None else of_pairs + of_keys
+
+
+_WINDOWED = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
+
+
+class OpenWindowAttention(nn.Module):
+    """Attention within windows as torchvision's Swin and Swin V2 have it; see :func:`open_heads`."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    num_heads: int
+    window_size: list[int]
+    shift_size: list[int]
+    attention_dropout: float
+    dropout: float
+    relative_position_index: Tensor
+    relative_position_bias_table: Tensor  # of Swin
+    relative_coords_table: Tensor  # this and the rest of Swin V2
+    cpb_mlp: nn.Sequential
+    logit_scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From [batch, height, width, channels] to the same shape."""
+        window, (height, width) = self.window_size, x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
+        padded = x.shape[1:3]
+        shift = [0 if window[i] >= padded[i] else self.shift_size[i] for i in (0, 1)]
+        parts = _windows(x.roll((-shift[0], -shift[1]), (1, 2)), window)
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self._project(parts).chunk(3, -1)
+        )
+        if self._is_second():
+            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+            scores = scores * self.logit_scale.clamp(max=math.log(100.0)).exp()
+        else:
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        scores = scores + self._position_bias()
+        if any(shift):  # what the roll has brought together does not see each other
+            places = [torch.arange(size, device=x.device) for size in padded]
+            row, column = (
+                (places[i] >= padded[i] - window[i]).int() + (places[i] >= padded[i] - shift[i]).int() for i in (0, 1)
+            )
+            regions = _windows((3 * row[:, None] + column)[None, ..., None], window).squeeze(-1)
+            apart = (regions[:, None] != regions[:, :, None]).to(scores.dtype) * -100.0
+            scores = (scores.unflatten(0, (-1, len(apart))) + apart[:, None]).flatten(0, 1)
+        weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
+        parts = F.dropout(self.proj((weights @ v).transpose(1, 2).flatten(2)), self.dropout, self.training)
+        rows, columns = padded[0] // window[0], padded[1] // window[1]
+        x = parts.unflatten(1, (window[0], window[1])).unflatten(0, (-1, rows, columns))
+        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2).roll((shift[0], shift[1]), (1, 2))
+        return x[:, :height, :width].contiguous()
+
+    def _is_second(self) -> bool:
+        return "logit_scale" in self._parameters
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side; Swin V2's keys have no bias, though its layer does."""
+        bias = self.qkv.bias
+        if not self._is_second() or bias is None:
+            return self.qkv(x)
+        q, k, v = bias.chunk(3)  # not zeros for k, which would be other rows than those of its weight
+        return torch.func.functional_call(self.qkv, {"bias": torch.cat([q, k * 0, v])}, x)
+
+    def _position_bias(self) -> Tensor:
+        """What is added to the scores, [heads, queries, keys]."""
+        second, tokens = self._is_second(), self.window_size[0] * self.window_size[1]
+        table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2) if second else self.relative_position_bias_table
+        bias = table[self.relative_position_index].unflatten(0, (tokens, tokens)).permute(2, 0, 1)
+        return 16 * bias.sigmoid() if second else bias
+
+
+def _windows(x: Tensor, window: Sequence[int]) -> Tensor:
+    """[batch, height, width, channels] -> [batch * windows, places, channels]."""
+    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).transpose(2, 3)
+    return x.flatten(3, 4).flatten(0, 2)

@@ -95,6 +95,7 @@ class Budget:
 
         # MACs and parameters go about with the square of the widths, and widths with the fraction of units: a straight
         # line between two roots of them meets the wanted one after few trials.
+        count = parameter_counts if self.target == "params" else self.graph.rehearsal.macs
         wanted = (1 - fraction) * self._original
         low, high = (0.0, self._measured(self.size) ** 0.5), (1.0, 0.0)
         best = (math.inf, UNCUT)
@@ -103,11 +104,7 @@ class Budget:
             if i % 2:  # a line alone may creep up on it from one side
                 asked = (low[0] + high[0]) / 2
             plan = self.lowest(asked, scores)
-            left = (
-                parameter_counts(self.model, plan)
-                if self.target == "params"
-                else self.graph.rehearsal.macs(self.model, plan)
-            )[""]
+            left = count(self.model, plan)[""]
             best = min(best, (abs(left - wanted), plan), key=lambda pair: pair[0])
             if best[0] <= _TOLERANCE * self._original:
                 break

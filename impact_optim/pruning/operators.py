@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,14 +54,14 @@ def _moved(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     return Value(_shape(node), run.tidy(results), uniform=value.uniform)
 
 
-def _reshaped(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, shape = bound["self"], _shape(node)
-    return Value(shape, run.tidy(labels.reshape(shape) for labels in value.labels), uniform=value.uniform)
+def _reshaped(change: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Rule:
+    """Gives the labels another shape, as the data."""
 
+    def rule(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
+        value, shape = bound["self"], _shape(node)
+        return Value(shape, run.tidy(change(labels, shape) for labels in value.labels), uniform=value.uniform)
 
-def _expanded(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, shape = bound["self"], _shape(node)
-    return Value(shape, run.tidy(labels.broadcast_to(shape) for labels in value.labels), uniform=value.uniform)
+    return rule
 
 
 def _divided(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
@@ -150,47 +151,35 @@ def _reduced(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
     return output
 
 
-def _mixed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    dims = bound.get("dim", -1)
-    result = run.mix(bound["self"], [dims] if isinstance(dims, int) else dims)
-    result.uniform = result.uniform and "softmax" in run.operator()
-    return result
-
-
-def _chosen(run: Propagation, bound: dict[str, Any], node: Node) -> list[Value]:
-    """topk, sort: the order along a dimension depends on all of it."""
-    result = run.mix(bound["self"], [bound.get("dim", -1)], "compares the units")
-    return [Value(part.shape, run.tidy(stretched(a, part.shape) for a in result.labels)) for part in blank(node)]
-
-
-def _local(spatial: int) -> Rule:
-    """Pooling and interpolation: the last dimensions are mixed and change their size."""
+def _mixed(dims: Sequence[int] | None = None, why: str = "mixes the units") -> Rule:
+    """Mixes what is along some dimensions, by default those that an argument names; their size may change."""
 
     def rule(run: Propagation, bound: dict[str, Any], node: Node) -> Any:
-        value = bound["self"] if "self" in bound else bound["input"]
-        result = run.mix(value, range(-spatial, 0))
+        along = bound.get("dim", -1) if dims is None else dims
+        result = run.mix(
+            bound["self"] if "self" in bound else bound["input"], [along] if isinstance(along, int) else along, why
+        )
         output = blank(node)
         for part in output if isinstance(output, list) else [output]:
-            part.labels = [stretched(labels, part.shape) for labels in result.labels]
+            part.labels = run.tidy(stretched(labels, part.shape) for labels in result.labels)
+            part.uniform = result.uniform and "softmax" in run.operator()
         return output
 
     return rule
 
 
-def _channels(value: Value | None, rank: int) -> list[Value]:
-    """A vector with an element per channel, placed to be broadcast against a tensor of ``rank`` dimensions."""
-    if value is None:
-        return []
-    after = [1] * (rank - 2)
-    return [Value((*value.shape, *after), [labels.reshape(-1, *after) for labels in value.labels])]
+def _with_channels(run: Propagation, value: Value, vectors: Iterable[Value | None]) -> Value:
+    """A tensor that meets vectors with an element per channel."""
+    after = [1] * (len(value.shape) - 2)
+    placed = [Value((*v.shape, *after), [a.reshape(-1, *after) for a in v.labels]) for v in vectors if v is not None]
+    return run.combine(value.shape, [value, *placed])
 
 
 def _normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
+    """Batch norm and instance norm."""
     value = bound["input"]
-    rank = len(value.shape)
-    value = run.mix(value, [dim for dim in range(rank) if dim != 1])
-    vectors = [bound[name] for name in ("weight", "bias", "running_mean", "running_var")]
-    result = run.combine(value.shape, [value, *(v for vector in vectors for v in _channels(vector, rank))])
+    value = run.mix(value, [dim for dim in range(len(value.shape)) if dim != 1])
+    result = _with_channels(run, value, [bound[n] for n in ("weight", "bias", "running_mean", "running_var")])
     for labels in result.labels:
         run.size_follows("num_features", labels, 1)
     run.see("output", result, nn.Module)
@@ -199,11 +188,10 @@ def _normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
 
 def _group_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     value, groups = bound["input"], bound["num_groups"]
-    rank = len(value.shape)
-    value = run.mix(value, range(2, rank))
-    result = run.combine(value.shape, [value, *_channels(bound["weight"], rank), *_channels(bound["bias"], rank)])
+    spatial = range(2, len(value.shape))
+    result = _with_channels(run, run.mix(value, spatial), [bound["weight"], bound["bias"]])
     for labels in result.labels:
-        grouped = index0(labels, range(2, rank)).unflatten(1, (groups, -1))
+        grouped = index0(labels, spatial).unflatten(1, (groups, -1))
         if groups == 1 and 1 in varied(labels):
             run.freeze(labels, f"{run.where()} mixes the units")
         run.join_over(grouped, [2])
@@ -226,10 +214,9 @@ def _layer_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
 
 def _prelu(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     value, weight = bound["self"], bound["weight"]
-    rank = len(value.shape)
-    if weight.shape == (1,) or rank < 2:
+    if weight.shape == (1,) or len(value.shape) < 2:
         return run.combine(value.shape, [value, weight])
-    result = run.combine(value.shape, [value, *_channels(weight, rank)])
+    result = _with_channels(run, value, [weight])
     for labels in result.labels:
         run.size_follows("num_parameters", labels, 1)
     return result
@@ -256,12 +243,11 @@ def _convolution(transposed: bool) -> Rule:
     def rule(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
         value, weight, bias, groups = bound["input"], bound["weight"], bound["bias"], bound["groups"]
         shape, spatial = _shape(node), len(weight.shape) - 2
-        unbatched = len(value.shape) == spatial + 1
+        single = len(value.shape) == spatial + 1  # a sample by itself
         run.see("input", value, nn.modules.conv._ConvNd)
         taps = range(2, 2 + spatial)
-        mixed = [a.unsqueeze(0) if unbatched else a for a in run.mix(value, range(-spatial, 0)).labels]
-        inputs = Value((1, *value.shape[:1]) if unbatched else value.shape[:2], [index0(a, taps) for a in mixed])
-        inputs.weight = value.weight
+        mixed = [a.unsqueeze(0) if single else a for a in run.mix(value, range(-spatial, 0)).labels]
+        inputs = Value((1, *value.shape)[-2 - spatial : -spatial], [index0(a, taps) for a in mixed], value.weight)
         for labels in weight.labels:
             if not {0, 1}.issuperset(varied(labels)):
                 run.freeze(labels, None)
@@ -278,7 +264,7 @@ def _convolution(transposed: bool) -> Rule:
         for labels in result.labels:
             run.size_follows("out_channels", labels, 1)
         arrays = [labels.reshape(*labels.shape, *[1] * spatial) for labels in result.labels]
-        result = Value(shape, [(labels[0] if unbatched else labels).expand(shape) for labels in arrays])
+        result = Value(shape, [(labels[0] if single else labels).expand(shape) for labels in arrays])
         run.see("output", result, nn.modules.conv._ConvNd)
         return result
 
@@ -331,28 +317,21 @@ def _embedding(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
 
 
 def _matmul(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    first = bound["self"] if "self" in bound else bound["input"]
-    second = next(bound[name] for name in ("mat2", "other", "vec", "tensor") if name in bound)
-    return _product(run, first, second)
-
-
-def _product(run: Propagation, first: Value, second: Value) -> Value:
+    """A product of vectors, matrices or batches of them, to which something may be added."""
+    names = next(names for names in _FACTORS if bound.keys() >= set(names))
+    first, second = (bound[name] for name in names)
     one, two = len(first.shape), len(second.shape)
     batch = "abcdefgh"[: max(one, two, 2) - 2]
-    left = ("n" if one > 1 else "") + "k"
-    right = "k" + ("m" if two > 1 else "")
-    letters = (
-        (batch[len(batch) - max(one - 2, 0) :] if one > 2 else "") + left,
-        (batch[len(batch) - max(two - 2, 0) :] if two > 2 else "") + right,
-        batch + left[:-1] + right[1:],
-    )
-    return run.contract(first, second, letters)
+    left, right = ("n" if one > 1 else "") + "k", "k" + ("m" if two > 1 else "")
+    letters = (batch[len(batch) - max(one - 2, 0) :] + left, batch[len(batch) - max(two - 2, 0) :] + right)
+    product = run.contract(first, second, (*letters, batch + left[:-1] + right[1:]))
+    return product if "self" in names else run.combine(product.shape, [product, bound["self"]])
 
 
-def _added_matmul(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    names = ("mat1", "mat2") if "mat1" in bound else ("batch1", "batch2") if "batch1" in bound else ("mat", "vec")
-    product = _product(run, bound[names[0]], bound[names[1]])
-    return run.combine(product.shape, [product, bound["self"]])
+_FACTORS = [
+    ("mat1", "mat2"), ("batch1", "batch2"), ("mat", "vec"),
+    ("self", "mat2"), ("self", "other"), ("self", "vec"), ("self", "tensor"),
+]  # fmt: skip
 
 
 def _einsum(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
@@ -526,6 +505,16 @@ REDUCED = [
     "linalg_vector_norm", "logsumexp", "argmax", "argmin", "median", "mode", "count_nonzero", "nansum", "nanmean",
     "aminmax",
 ]  # fmt: skip
+LOCAL = {
+    n: [*names, *(f"{a}{kind}_pool{n}d" for a in ("", "adaptive_") for kind in ("avg", "max")), f"upsample_nearest{n}d"]
+    for n, names in {
+        1: ["upsample_linear1d"],
+        2: ["max_pool2d_with_indices", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d",
+            "_upsample_bicubic2d_aa"],
+        3: ["max_pool3d_with_indices", "upsample_trilinear3d"],
+    }.items()
+}  # fmt: skip
+"""Pooling and interpolation, by how many of the last dimensions are mixed and change their size."""
 MIXED = ["softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"]
 
 RULES: dict[str, Rule] = {
@@ -533,8 +522,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["to", "_to_copy", "type_as"], _cast),
     **dict.fromkeys(CREATED, _created),
     **dict.fromkeys(PLAIN, _plain),
-    **dict.fromkeys(RESHAPED, _reshaped),
-    **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _expanded),
+    **dict.fromkeys(RESHAPED, _reshaped(Tensor.reshape)),
+    **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _reshaped(Tensor.broadcast_to)),
     **dict.fromkeys(MOVED, _moved),
     **dict.fromkeys(["chunk", "split"], _divided),
     **dict.fromkeys(["cat", "concat", "concatenate", "stack"], _joined),
@@ -542,13 +531,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys([f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], _padded),
     **dict.fromkeys(["index", "index_select"], _indexed),
     **dict.fromkeys(REDUCED, _reduced),
-    **dict.fromkeys(MIXED, _mixed),
-    **dict.fromkeys(["topk", "sort"], _chosen),
-    **{f"{a}{kind}_pool{n}d": _local(n) for a in ("", "adaptive_") for kind in ("avg", "max") for n in (1, 2, 3)},
-    **{f"max_pool{n}d_with_indices": _local(n) for n in (2, 3)},
-    **{f"upsample_nearest{n}d": _local(n) for n in (1, 2, 3)},
-    **{"upsample_linear1d": _local(1), "upsample_bilinear2d": _local(2), "upsample_trilinear3d": _local(3)},
-    **{"_upsample_bilinear2d_aa": _local(2), "upsample_bicubic2d": _local(2), "_upsample_bicubic2d_aa": _local(2)},
+    **dict.fromkeys(MIXED, _mixed()),
+    **dict.fromkeys(["topk", "sort"], _mixed(why="compares the units")),  # the order depends on all of them
+    **{name: _mixed(range(-n, 0)) for n, names in LOCAL.items() for name in names},
     **dict.fromkeys(["batch_norm", "instance_norm"], _normed),
     "group_norm": _group_normed,
     **dict.fromkeys(["layer_norm", "rms_norm"], _layer_normed),
@@ -557,8 +542,7 @@ RULES: dict[str, Rule] = {
     **{f"conv{n}d": _convolution(False) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _convolution(True) for n in (1, 2, 3)},
     "embedding": _embedding,
-    **dict.fromkeys(["matmul", "mm", "bmm", "mv", "dot"], _matmul),
-    **dict.fromkeys(["addmm", "baddbmm", "addmv", "addbmm"], _added_matmul),
+    **dict.fromkeys(["matmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv"], _matmul),
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     "glu": _glu,

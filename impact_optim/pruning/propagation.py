@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .attributes import may_count_units, surely_counts_units
 from .coupling import PRODUCER, Coupling
 from .labels import Atoms, AxisKey, Mismatch, Value, core, is_value, varied
+from .stand_ins import first_names
 from .transcript import Transcript, recipe_of
 
 
@@ -49,7 +50,6 @@ class Propagation(Coupling):
         model: the module that was exported.
         atoms: the sets that the labels refer to.
         axes: labels of parameters' and buffers' dimensions; what is missing gets fresh atoms.
-        names: any qualified name of a parameter or buffer -> its first name.
         rules: name of an ATen operator -> what it does to labels.
         transcript: of the programs.
     """
@@ -59,13 +59,12 @@ class Propagation(Coupling):
         model: nn.Module,
         atoms: Atoms,
         axes: dict[AxisKey, Tensor],
-        names: dict[str, str],
         rules: Mapping[str, Rule],
         transcript: Transcript,
     ) -> None:
         self.modules = dict(model.named_modules())
         super().__init__(atoms, axes, (name for name, _ in model.named_buffers()), transcript)
-        self.names = names
+        self._names = first_names(model)
         self.sightings: list[Sighting] = []
         self.sizes: list[Size] = []
         self.used: set[str] = set()
@@ -127,7 +126,7 @@ class Propagation(Coupling):
         shape = tuple(value.shape)
         if kind not in (InputKind.PARAMETER, InputKind.BUFFER) or target is None:
             return Value(shape, weight=kind != InputKind.USER_INPUT)
-        name = self.names[target]
+        name = self._names[target]
         if node.users:
             self.used.add(name)
         labels = []

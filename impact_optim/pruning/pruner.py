@@ -37,13 +37,11 @@ class ActivationPruner:
     """Removes the units of a network whose activations carry little information, while it trains.
 
     With ``remove=0.5, by=14`` half of the multiply-accumulates are gone after epoch 14. Some go after each epoch from
-    the third on, a seventh of the way, most of them early. This recipe, with the default criterion and six more epochs
-    to train, lost nothing where it was measured. ``remove={10: 0.2, 20: 0.4}`` cuts after these epochs instead.
+    the third on, a seventh of the way, most of them early. ``remove={10: 0.2, 20: 0.4}`` cuts after these epochs.
 
-    The statistics of a criterion are gathered by forward hooks during the epochs that end with a cut, and only then.
-    A cut happens in place: the model, its parameters, the optimizers and their parameter groups stay the same objects.
-    What was built around tensors of the old shapes has to be built anew after it: ``DistributedDataParallel`` and CUDA
-    graphs. ``torch.compile`` compiles again by itself, for the epochs that are observed and after each cut.
+    Forward hooks gather the statistics of a criterion in the epochs that end with a cut. A cut happens in place: the
+    model, its parameters, the optimizers and their parameter groups stay the same objects. Build
+    ``DistributedDataParallel`` and CUDA graphs anew after it; ``torch.compile`` compiles again by itself.
 
     Args:
         model: in training; not wrapped.
@@ -205,8 +203,13 @@ class ActivationPruner:
         self, fraction: float, scores: Scores, guard: Guard, before: _Snapshot
     ) -> tuple[float, Plan, tuple[float, float]]:
         """The largest fraction that the guard bears, the plan of it, and the metric before and after."""
-        measure, tolerance = guard
-        start = _mean_over_processes(measure(self.model))
+        metric, tolerance = guard
+
+        def measure() -> float:
+            values = _of_all_processes(float(metric(self.model)))
+            return sum(values) / len(values)
+
+        start = measure()
         least = max(start, self._best_metric) - tolerance  # nan if it starts so
         best = (self.budget.gone(), self.graph.plan({}), (start, start))
         asked, too_much = fraction, fraction
@@ -214,7 +217,7 @@ class ActivationPruner:
             before.restore()
             plan = self.budget.plan(asked, scores)
             self._carry_out(plan)
-            end = _mean_over_processes(measure(self.model))
+            end = measure()
             if end >= least:  # not so for nan
                 best = (asked, plan, (start, end))
                 if asked == fraction:
@@ -249,7 +252,7 @@ class ActivationPruner:
                     f"the criterion gives scores of shape {tuple(value.shape)} to {name}, which has {size} units; it "
                     "must give one to each"
                 )
-        values, left_out = _of_first_process((values, left_out))
+        values, left_out = _of_all_processes((values, left_out))[0]
         return Scores(values, context.statistics, left_out)
 
     def _importances(self) -> dict[str, Tensor]:
@@ -332,15 +335,14 @@ class ActivationPruner:
             self._attach_if_due()
 
 
-class _Snapshot:
+class _Snapshot(Snapshot):
     """All that a cut and an evaluation after it may change, to go back to."""
 
     def __init__(self, pruner: ActivationPruner) -> None:
+        super().__init__([pruner.model, *pruner.averaged], pruner.graph)
         self._pruner = pruner
-        self._models = Snapshot([pruner.model, *pruner.averaged])
         self._states = [(optimizer, optimizer.state) for optimizer in pruner.optimizers]
         self._masks = [(mask, mask.draws) for mask in drawn_masks(pruner.optimizers, pruner.model)]
-        self._restore_graph = pruner.graph.snapshot()
         statistics = pruner.statistics
         self._statistics = deepcopy((statistics.groups, statistics.batches))
         self._own = {name: vars(pruner)[name] for name in ("_best_metric", "epoch")}
@@ -348,14 +350,13 @@ class _Snapshot:
 
     def restore(self) -> None:
         """Can be called again."""
-        self._models.restore()
+        super().restore()
         for optimizer, state in self._states:
             if optimizer.state is not state:
                 replace_state(optimizer, state)
         for mask, draws in self._masks:
             if not mask.is_over:
                 mask.draws = draws
-        self._restore_graph()
         statistics = self._pruner.statistics
         statistics.groups, statistics.batches = deepcopy(self._statistics)
         vars(self._pruner).update(self._own)
@@ -375,21 +376,13 @@ def _checked(state: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
     return epoch, {name: left.cpu() for name, left in units.items()}
 
 
-def _mean_over_processes(metric: float) -> float:
+def _of_all_processes(value: _T) -> list[_T]:
+    """What each of the processes has that train together: they must cut alike, to the last bit of a score."""
     if not (dist.is_available() and dist.is_initialized()):
-        return float(metric)
-    metrics: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(metrics, float(metric))
-    return sum(metrics) / len(metrics)
-
-
-def _of_first_process(scores: _T) -> _T:
-    """Where processes train together they must cut alike, to the last bit of a score."""
-    if dist.is_available() and dist.is_initialized():
-        box = [scores]
-        dist.broadcast_object_list(box)
-        return box[0]
-    return scores
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _check_model(model: nn.Module) -> None:

@@ -42,12 +42,11 @@ def repair(
     optimizers: Optimizers = (),
     averaged: nn.Module | Iterable[nn.Module] = (),
 ) -> None:
-    """Cuts the state of optimizers and averaged copies of a model as the model itself was cut.
+    """Cuts the state of optimizers and averaged copies of a model as the model itself was cut, all or nothing.
 
     Of an optimizer's state, a tensor of the parameter's shape is cut like the parameter; one that was reduced over
-    some dimensions, as row and column statistics are, is cut along those that it has; scalars stay. Parameters,
-    groups, their order and options stay. Masks that a pass of this step has seen are cut as well. Everything
-    is worked out before anything is changed: all or nothing.
+    some dimensions, as row and column statistics are, is cut along those that it has; scalars stay. Masks that a pass
+    of this step has seen are cut as well.
 
     Args:
         records: what :func:`~impact_optim.pruning.surgery.cut` returned.
@@ -86,6 +85,10 @@ def repair(
         tensor.grad = grad
     for copy in copies if cuts else ():
         set_integer_attributes(copy, integer_attributes(model))
+
+
+def _params(optimizer: Optimizer) -> set[Tensor]:
+    return {param for group in optimizer.param_groups for param in group["params"]}
 
 
 def _cut_draws(mask: Mask, cuts: Mapping[Tensor, _Cut]) -> dict[Tensor, Draw]:
@@ -146,13 +149,12 @@ def with_state(optimizers: Optimizers) -> list[Optimizer]:
         if any(optimizer is other for other in found):
             continue
         held = tree_leaves(list(vars(optimizer).values()), is_leaf=lambda value: isinstance(value, Optimizer))
-        params = {param for group in optimizer.param_groups for param in group["params"]}
         inside = [
             other
             for other in held
             if isinstance(other, Optimizer)
             and other is not optimizer
-            and not params.isdisjoint(param for group in other.param_groups for param in group["params"])
+            and not _params(optimizer).isdisjoint(_params(other))
         ]
         pending += inside
         if any(optimizer.state is other.state for other in (*inside, *found)):
@@ -179,7 +181,7 @@ def drawn_masks(optimizers: Iterable[Optimizer], model: nn.Module) -> list[Mask]
 def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut]) -> dict[Tensor, Any] | None:
     """The state that an optimizer has after the cut; None if nothing of it was cut."""
     kind = type(optimizer).__name__
-    params = {param for group in optimizer.param_groups for param in group["params"]}
+    params = _params(optimizer)
     if params.isdisjoint(model.parameters()):
         raise ValueError(
             f"{kind} has no parameter of this {type(model).__name__}: hand in the optimizer that trains it"
@@ -193,47 +195,35 @@ def _cut_state(optimizer: Optimizer, model: nn.Module, cuts: dict[Tensor, _Cut])
         dict, {param: entries for param, entries in optimizer.state.items() if entries}
     )
     for param, cut in cuts.items():
-        if param in state:
-            state[param] = _cut_entries(state[param], cut, kind)
+        entries = state.get(param, {})
+        for key, value in entries.items():
+            if any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
+                state[param] = {**state[param], key: _cut_entry(value, cut, f"{key!r} of {cut.name} in {kind}")}
     return state
 
 
-def _cut_entries(entries: dict[str, Any], cut: _Cut, kind: str) -> dict[str, Any]:
-    """The state of one parameter after the cut."""
-    after = dict(entries)
-    for key, value in entries.items():
-        if isinstance(value, Tensor):
-            if value.numel() > 1:
-                after[key] = _cut_entry(value, cut, f"{key!r} of {cut.name} in {kind}")
-        elif any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
-            raise TypeError(
-                f"{kind} keeps a {type(value).__name__} of tensors as {key!r} of {cut.name}; only a tensor per entry "
-                "can be cut: remove the entry and let the optimizer start it afresh"
-            )
-    return after
-
-
-def _cut_entry(value: Tensor, cut: _Cut, what: str) -> Tensor:
+def _cut_entry(value: Any, cut: _Cut, what: str) -> Tensor:
     """Cuts a tensor that has all dimensions of the parameter, some of them of size 1, or only some of them."""
-    fits: list[dict[int, Tensor]] = []
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{what} is a {type(value).__name__} of tensors; only a tensor per entry can be cut: remove the entry and "
+            "let the optimizer start it afresh"
+        )
+    fits: dict[tuple[tuple[int, tuple[int, ...]], ...], dict[int, Tensor]] = {}
     for dims in combinations(range(len(cut.before)), value.dim()):
-        kept = {i: cut.kept[dim] for i, dim in enumerate(dims) if dim in cut.kept and value.shape[i] != 1}
         if all(
             size == cut.before[dim] or (size == 1 and value.dim() == len(cut.before))
             for size, dim in zip(value.shape, dims, strict=True)
-        ) and not any(_is_same(kept, other) for other in fits):
-            fits.append(kept)
+        ):
+            kept = {i: cut.kept[dim] for i, dim in enumerate(dims) if dim in cut.kept and value.shape[i] != 1}
+            fits[tuple((i, tuple(indices.tolist())) for i, indices in kept.items())] = kept
     if len(fits) != 1:
         why = "does not fit" if not fits else "does not tell which dimensions it has of"
         raise ValueError(
             f"{what} has the shape {tuple(value.shape)}, which {why} a parameter that was cut from "
             f"{tuple(cut.before)} to {tuple(cut.after)}; remove the entry from optimizer.state to let it start afresh"
         )
-    return select(value, fits[0])
-
-
-def _is_same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[dim], b[dim]) for dim in a)
+    return select(value, next(iter(fits.values())))
 
 
 def replace_state(optimizer: Optimizer, state: dict[Tensor, Any]) -> None:

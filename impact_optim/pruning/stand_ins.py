@@ -40,17 +40,17 @@ def without_data(model: nn.Module, plan: Plan) -> Iterator[FakeTensorMode]:
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     first, modules = first_names(model), dict(model.named_modules())
     stand_ins: dict[str, Tensor] = {}
-    places: list[tuple[dict[str, Any], str, Tensor]] = []
     held = _Held(model)
     try:
         for prefix, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # torch.export cannot trace it, nor is what it holds in dicts
             for store in (module._parameters, module._buffers):
                 for key, tensor in store.items():
                     if tensor is not None:
                         name = first[f"{prefix}.{key}" if prefix else key]
                         if name not in stand_ins:
                             stand_ins[name] = _stand_in(tensor, plan.kept.get(name, {}), fake)
-                        places.append((store, key, tensor))
                         store[key] = stand_ins[name]
             if isinstance(module, nn.RNNBase):
                 module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
@@ -59,8 +59,6 @@ def without_data(model: nn.Module, plan: Plan) -> Iterator[FakeTensorMode]:
         with fake:
             yield fake
     finally:
-        for store, key, tensor in places:
-            store[key] = tensor
         held.put_back()
         caches.forget_fakes()
 
@@ -73,10 +71,10 @@ def _stand_in(tensor: Tensor, kept: dict[int, Tensor], fake: FakeTensorMode) -> 
 
 
 class _Held:
-    """What attributes hold beside parameters: forward passes cache tensors there, which must not be the fake ones.
+    """What modules hold: their tensors, and where forward passes may cache others, which must not be the fake ones.
 
-    Of modules it is all but torch's own attributes, of their classes and of the files that these are from what is a
-    container; of these, and of objects, what is inside, a few levels down.
+    Of modules it is all but the rest of torch's own attributes, of their classes and of the files that these are from
+    what is a container; of these, and of objects, what is inside, a few levels down.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -88,6 +86,9 @@ class _Held:
         for module in modules:
             before = {key: value for key, value in vars(module).items() if key not in _TORCHS_OWN}
             self._dicts.append((vars(module), before))
+            if not isinstance(module, torch.jit.ScriptModule):
+                stores = (module._parameters, module._buffers, module._modules)
+                self._dicts += [(store, dict(store)) for store in stores]
             for value in before.values():
                 self._hold(value, _LEVELS)
         classes = {kind for module in modules for kind in type(module).__mro__ if not _is_torchs(kind)}
@@ -129,9 +130,9 @@ class _Held:
             if dict.keys(now) - own != before.keys() or any(
                 dict.get(now, key) is not value for key, value in before.items()
             ):
-                kept = {key: now[key] for key in own}
+                restored = {**{key: now[key] for key in own}, **before}
                 now.clear()
-                now.update({**kept, **before})
+                now.update(restored)
         for values, content in self._lists:
             if len(values) != len(content) or any(a is not b for a, b in zip(values, content, strict=True)):
                 values.clear()
@@ -160,27 +161,20 @@ class _Caches:
     """
 
     def __init__(self) -> None:
-        self._calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        """By function, how often it had been called when its cache was last looked at."""
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._imported = 0
 
     def find(self) -> None:
         self._imported = len(sys.modules)
-        for found in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
-            self._calls.setdefault(found, 0)
+        self._known.update(o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper)
 
     def forget_fakes(self) -> None:
         """Empties those that hold tensors without data."""
         if len(sys.modules) != self._imported:
             self.find()
-        for cached, before in list(self._calls.items()):
-            info = cached.cache_info()
-            if (calls := info.hits + info.misses) == before:
-                continue
-            if info.currsize and _holds_fakes(gc.get_referents(cached), 3):
+        for cached in self._known:
+            if cached.cache_info().currsize and _holds_fakes(gc.get_referents(cached), 3):
                 cached.cache_clear()
-                calls = 0
-            self._calls[cached] = calls
 
 
 caches = _Caches()

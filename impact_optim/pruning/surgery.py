@@ -50,7 +50,7 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
         tensor = tensors[name]
         grad = None if tensor.grad is None else select(tensor.grad, kept)
         changes.append((tensor, select(tensor, kept), grad))
-    before, restore_graph = Snapshot([model]), graph.snapshot()
+    before = Snapshot([model], graph)
     try:
         for tensor, data, grad in changes:
             _give(tensor, data, grad)
@@ -59,24 +59,24 @@ def cut(model: nn.Module, graph: UnitGraph, units: Mapping[str, Sequence[int] | 
         graph.forget(plan)
     except BaseException:
         before.restore()
-        restore_graph()
         raise
     return plan.records
 
 
 class Snapshot:
-    """What a cut and an evaluation after it may change of models, to go back to.
+    """What a cut and an evaluation after it may change of models and their graph, to go back to.
 
     Parameters by reference: a cut gives them other memory, and an evaluation does not train.
     """
 
-    def __init__(self, models: Iterable[nn.Module]) -> None:
+    def __init__(self, models: Iterable[nn.Module], graph: UnitGraph) -> None:
         modules = [module for model in models for module in model.modules()]
         self._attributes = [(module, dict(vars(module))) for module in modules]
         params = {p: None for module in modules for p in module.parameters(recurse=False)}
         buffers = {b: None for module in modules for b in module.buffers(recurse=False)}
         self._params = [(param, param.data, param.grad) for param in params]
         self._buffers = [(buffer, buffer.data, buffer.clone()) for buffer in buffers]
+        self._restore_graph = graph.snapshot()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -91,6 +91,7 @@ class Snapshot:
             param.grad = grad
         for buffer, data, values in self._buffers:
             buffer.data = data.copy_(values)
+        self._restore_graph()
 
 
 def _check_fit(model: nn.Module, graph: UnitGraph, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

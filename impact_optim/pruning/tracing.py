@@ -44,7 +44,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
     if ignored:
         rehearsal.leave_out(model, ignored)
     atoms, names = Atoms(), first_names(model)
-    run = Propagation(model, atoms, {}, names, RULES, Transcript())
+    run = Propagation(model, atoms, {}, RULES, Transcript())
     run.run(rehearsal.export(model))
     inside = {id(tensor) for part in ignored for tensor in (*part.parameters(), *part.buffers())}
     stays = {names[name] for name, tensor in named_tensors(model).items() if id(tensor) in inside}
@@ -89,9 +89,10 @@ def _build(
     """
     atoms, axes = run.atoms, run.axes
     owner: dict[int, AxisKey] = {int(atom): key for key, labels in axes.items() for atom in labels.tolist()}
-    marked: dict[str, list[AxisKey]] = {}
-    for role, marks in run.roles.items():
-        marked[role] = list(dict.fromkeys(owner[atom] for mark in marks for atom in mark.tolist() if atom in owner))
+    marked = {
+        role: list(dict.fromkeys(owner[atom] for mark in marks for atom in mark.tolist() if atom in owner))
+        for role, marks in run.roles.items()
+    }
     roles = {key: frozenset(role for role, keys in marked.items() if key in keys) for key in axes}
     frozen = atoms.frozen()
     occurs: dict[int, dict[AxisKey, list[int]]] = {}
@@ -132,7 +133,7 @@ def _build(
             members.sort(key=lambda root: occurs[root][lead][0])
             positions = torch.arange(len(members))
             label[torch.tensor(members)] = graph.total + positions
-            width = min(len(occurs[members[0]][key]) for key in keys if roles[key])
+            width = min(len(occurs[members[0]][key]) for key in keys if key == lead or CONSUMER in roles[key])
             graph.groups[unique] = UnitGroup(
                 unique, positions, len(members), first=graph.total, kind=_kind(model, lead[0], width)
             )
@@ -152,17 +153,12 @@ def _build(
         if len(dims) == 1 and (along := _along(known, dims[0])) is not None:
             graph.seen.setdefault((module, where, dims[0]), along)
     graph.relist()
-    counts: dict[SizeKey, list[Tensor | None]] = {}
+    counts: dict[SizeKey, dict[Any, Tensor | None]] = {}
     for module, attribute, labels, dim, _ in run.sizes:
         counted = _along(labelled(labels), dim) if core(labels).size(dim) > 1 else None
-        candidates = counts.setdefault((module, attribute), [])
-        if not any(_is_same(counted, other) for other in candidates):
-            candidates.append(counted)
-    return graph, counts
-
-
-def _is_same(first: Tensor | None, second: Tensor | None) -> bool:
-    return first is second or (first is not None and second is not None and torch.equal(first, second))
+        content = None if counted is None else tuple(counted.tolist())
+        counts.setdefault((module, attribute), {}).setdefault(content, counted)
+    return graph, {key: list(candidates.values()) for key, candidates in counts.items()}
 
 
 def _uncounted(value: Value | None, labelled: Callable[[Tensor], Tensor]) -> tuple[int | None, ...] | None:
@@ -229,7 +225,7 @@ def fault(model: nn.Module, graph: UnitGraph, plan: Plan) -> Fault | None:
             kept = plan.kept.get(name, {}).get(dim)
             axes[name, dim] = labels if kept is None else labels[kept]
     transcript = Transcript(graph.steps)
-    run = Propagation(model, atoms, axes, names, RULES, transcript)
+    run = Propagation(model, atoms, axes, RULES, transcript)
     try:
         for training in graph.rehearsal.modes:
             try:
