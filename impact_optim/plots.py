@@ -269,7 +269,8 @@ def plot_convergence(curves: Mapping[str, Mapping[str, ArrayLike]], colors: Mapp
             ax.set_ylabel(quantity)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.grid(axis="y")
-        figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=min(4, 2 * len(curves), len(handles)))
+        columns = min(4, 2 * len(curves), len(handles))
+        figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=columns)
     return figure
 
 

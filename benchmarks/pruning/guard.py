@@ -3,8 +3,8 @@
     python benchmarks/pruning/guard.py            # what is missing in guard.jsonl
     python benchmarks/pruning/report.py           # the table of docs/pruning.md
 
-A CNN of 32 channels on 5000 images of Fashion-MNIST, a fifth of which the guard measures accuracy on, and nothing else; the schedule
-asks for nine tenths of the MACs, little by little in epochs 2 to 9 of 15. The test set is measured once, at the end.
+A CNN of 32 channels on 5000 images of Fashion-MNIST. The guard measures accuracy on a fifth of them, which nothing
+else sees; the schedule asks for nine tenths of the MACs, in epochs 2 to 9 of 15. The test set is measured at the end.
 """
 
 from __future__ import annotations

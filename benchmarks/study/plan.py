@@ -186,4 +186,5 @@ QUESTIONS = [
     Question("transformers-settings", SETTINGS, named([VIT, GPT]), tested=False),
     Question("best", BEST, named(SMALL)),
 ]
-PLAN = Plan([*SMALL, FASHION, RESNET_TUNING, RESNET, CIFAR10, VIT, GPT], QUESTIONS, Path(__file__).parent / "results.jsonl")
+TASKS = [*SMALL, FASHION, RESNET_TUNING, RESNET, CIFAR10, VIT, GPT]
+PLAN = Plan(TASKS, QUESTIONS, Path(__file__).parent / "results.jsonl")

@@ -222,9 +222,10 @@ def draw() -> None:
     handles = {
         label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
+    names = [name for name in (*METHODS, "dense") if name in handles]
     figure.legend(
-        [handles[name] for name in (*METHODS, "dense")],
-        [*METHODS, "dense"],
+        [handles[name] for name in names],
+        names,
         loc="outside right center",
         frameon=False,
         fontsize=8,
