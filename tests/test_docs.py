@@ -96,7 +96,7 @@ def test_one_reads_the_readme_to_its_end():
 
 
 def test_the_figures_of_the_readme_are_those_of_the_pages():
-    figures = re.findall(r"\d+\.\d ± \d+\.\d", TEXTS["README.md"])
+    figures = re.findall(r"\d+\.\d+ ± \d+\.\d+", TEXTS["README.md"])
     assert len(figures) >= 6
     pages = "".join(TEXTS[f"docs/{name}.md"] for name in ("results", "tiny_sparse", "pruning"))
     assert all(figure in pages for figure in figures)

@@ -42,9 +42,9 @@ FOUR_LRS = {
     MLP.name: (0.1, 0.2, 0.3, 0.4),
     CNN.name: (0.05, 0.1, 0.2, 0.3),
     LENET.name: (0.03, 0.05, 0.1, 0.2),
-    GPT.name: (0.005, 0.01, 0.02, 0.04),
+    GPT.name: (0.01, 0.02, 0.04, 0.08),
 }
-TWO_LRS = {MLP.name: (0.2, 0.4), CNN.name: (0.1, 0.2), LENET.name: (0.05, 0.1), GPT.name: (0.01, 0.02)}
+TWO_LRS = {MLP.name: (0.2, 0.4), CNN.name: (0.1, 0.2), LENET.name: (0.05, 0.1), GPT.name: (0.02, 0.04)}
 
 
 METHODS = [
