@@ -1,12 +1,14 @@
 """Fills the tables of docs/pruning.md from results.jsonl alone.
 
     python benchmarks/pruning/report.py
+    python benchmarks/pruning/report.py --print half-fashion5k-cnn    # shows this table instead
 
 The page keeps its words; what stands between `<!-- table NAME -->` and `<!-- end -->` is replaced.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from guard import load
-from plan import CNN, PLAN, UNCUT, UNCUT_IMPACT
+from plan import PLAN, TASKS, UNCUT, UNCUT_IMPACT
 from runner import Arm, Task, measured
 from tables import difference, filled, markdown, shown, signed
 
@@ -75,11 +77,11 @@ def title(question: str) -> str:
     return f"{float(share):.0%} of the {'MACs' if target == 'macs' else 'parameters'}"
 
 
-def chosen() -> str:
-    """The learning rates of the uncut networks."""
+def chosen(task: Task) -> str:
+    """The learning rates of the uncut networks, on the validation split."""
     table = [["network", *(f"{lr:g}" for lr in UNCUT.lrs or ())]]
     for arm in (UNCUT, UNCUT_IMPACT):
-        if scores := PLAN.validated(CNN, arm):
+        if scores := PLAN.validated(task, arm):
             table.append([arm.name, *(f"{score:.2f}" for score, _ in scores)])
     return markdown(table)
 
@@ -134,11 +136,25 @@ EARLIER = {
 
 TABLES: dict[str, Callable[[], str]] = {
     "full": full,
-    "half": partial(half, CNN),
-    "shares": partial(shares, CNN),
-    "chosen": chosen,
     "guard": guarded,
+    **{
+        f"{name}-{task.name}": partial(table, task)
+        for task in TASKS
+        for name, table in (("half", half), ("shares", shares))
+    },
+    **{f"chosen-{task.name}": partial(chosen, task) for task in TASKS},
 }
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", nargs="+", choices=TABLES, help="show these tables instead")
+    args = parser.parse_args()
+    for name in args.print or ():
+        print(f"{name}\n\n{TABLES[name]()}\n")
+    if not args.print:
+        PAGE.write_text(filled(PAGE.read_text(), TABLES))
+
+
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(), TABLES))
+    main()

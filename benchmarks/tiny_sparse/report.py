@@ -178,7 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def draw() -> None:
-    """Accuracy against sparsity, a panel for each task that is there."""
+    """Accuracy against sparsity, a panel for each task that has several."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,12 +186,14 @@ def draw() -> None:
 
     from impact_optim.plots import arm_colors
 
-    parts = [name for name in METHODS if "our " in name]  # of ours, one by one
+    tasks = [task for task in TASKS if len(SPARSITIES[task.name]) > 1 and values(task, dense(task))]
+    drawn = {arm.name for task in tasks for arm in methods(task, TUNED_AT)}
+    names = [name for name in METHODS if name in drawn]
+    parts = [name for name in names if "our " in name]  # of ours, one by one
     colors = {
-        **arm_colors([name for name in METHODS if name not in parts]),
+        **arm_colors([name for name in names if name not in parts]),
         **dict(zip(parts, ("0.4", "0.7"), strict=True)),
     }
-    tasks = [task for task in TASKS if values(task, dense(task))]
     figure = Figure(figsize=(3.4 * len(tasks) + 1.8, 3.4), layout="constrained")
     for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         levels = SPARSITIES[task.name]
@@ -213,23 +215,11 @@ def draw() -> None:
         ax.axhline(fmean(values(task, dense(task))), color="0.6", linestyle=":", label="dense")
         ax.set_xticks(range(len(levels)), [percent(s) for s in levels])
         ax.set_xlabel("zero weights")
-        ax.set_title(TITLES[task.name] + ("" if task.measure == "accuracy" else " (bits)"), fontsize=9)
-        if task.measure == "bits":
-            ax.invert_yaxis()
+        ax.set_title(TITLES[task.name], fontsize=9)
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("test accuracy (%)")
-    handles = {
-        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    names = [name for name in (*METHODS, "dense") if name in handles]
-    figure.legend(
-        [handles[name] for name in names],
-        names,
-        loc="outside right center",
-        frameon=False,
-        fontsize=8,
-    )
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(ROOT / "docs" / "images" / "tiny_sparse.png", dpi=130)
 
 
