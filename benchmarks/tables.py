@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 
 from scipy.stats import t
@@ -48,3 +50,17 @@ def filled(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
         return f"<!-- table {match[1]} -->\n\n{tables[match[1]]()}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def report(
+    description: str | None, page: Path, tables: Mapping[str, Callable[[], str]], draw: Callable[[], None]
+) -> None:
+    """The program of a report: fills a page and draws its pictures, or prints tables."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", nargs="+", choices=tables, help="show these tables instead")
+    args = parser.parse_args()
+    for name in args.print or ():
+        print(f"{name}\n\n{tables[name]()}\n")
+    if not args.print:
+        page.write_text(filled(page.read_text(), tables))
+        draw()

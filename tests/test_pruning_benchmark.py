@@ -89,9 +89,10 @@ def test_arms_of_a_table_differ_in_what_is_cut_alone():
 
 def test_the_page_has_the_tables_that_the_runs_make():
     import report
+    from tables import filled
 
     page = report.PAGE.read_text()
     assert page.count("<!-- table ") == 2
-    assert report.filled(page, report.TABLES) == page
+    assert filled(page, report.TABLES) == page
     for name, table in report.TABLES.items():
         assert table().startswith("| "), name  # also where nothing has been run

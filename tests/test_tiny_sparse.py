@@ -143,11 +143,12 @@ def test_every_method_is_tuned_by_as_many_trials_and_tested_with_fresh_seeds():
 
 def test_the_page_has_the_tables_that_the_runs_make():
     import report
+    from tables import filled
 
     assert report.PLAN.results, "benchmarks/tiny_sparse/results.jsonl is missing"
     page = report.PAGE.read_text()
     assert page.count("<!-- table ") == len(report.TABLES)
-    assert report.filled(page, report.TABLES) == page
+    assert filled(page, report.TABLES) == page
 
 
 def test_intervals_widen_with_the_number_of_comparisons():

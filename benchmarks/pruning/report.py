@@ -8,7 +8,6 @@ The page keeps its words; what stands between `<!-- table NAME -->` and `<!-- en
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 from guard import load
 from plan import PLAN, TASKS, UNCUT, UNCUT_IMPACT
 from runner import Arm, Task, measured
-from tables import difference, filled, markdown, shown, signed
+from tables import difference, markdown, report, shown, signed
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pruning.md"
@@ -146,15 +145,5 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", nargs="+", choices=TABLES, help="show these tables instead")
-    args = parser.parse_args()
-    for name in args.print or ():
-        print(f"{name}\n\n{TABLES[name]()}\n")
-    if not args.print:
-        PAGE.write_text(filled(PAGE.read_text(), TABLES))
-
-
 if __name__ == "__main__":
-    main()
+    report(__doc__, PAGE, TABLES, draw=lambda: None)

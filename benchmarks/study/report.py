@@ -8,9 +8,7 @@ The page keeps its words; what stands between `<!-- table NAME -->` and `<!-- en
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +16,7 @@ from typing import Any
 
 from plan import PLAN
 from runner import Arm, Run, Task, measured
-from tables import difference, filled, markdown, shown, signed
+from tables import difference, markdown, report, shown, signed
 
 from impact_optim.experiments.results import early_epoch
 
@@ -265,16 +263,5 @@ def draw() -> None:
         histograms("resnet_histogram", task, [row for row in rows if "λ" in row[0] or row[0] == "saliency"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", nargs="+", choices=TABLES, help="show these tables instead")
-    args = parser.parse_args()
-    for name in args.print or ():
-        print(f"{name}\n\n{TABLES[name]()}\n")
-    if not args.print:
-        PAGE.write_text(filled(PAGE.read_text(), TABLES))
-        draw()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    report(__doc__, PAGE, TABLES, draw)

@@ -47,27 +47,15 @@ FOUR_LRS = {
 TWO_LRS = {MLP.name: (0.2, 0.4), CNN.name: (0.1, 0.2), LENET.name: (0.05, 0.1), GPT.name: (0.02, 0.04)}
 
 
-METHODS = [
-    "one-shot magnitude",
-    "gradual magnitude",
-    "gradual magnitude, of each layer",
-    "targeted dropout",
-    "static random",
-    "SET",
-    "RigL",
-    "gradual magnitude, our densities",
-    "our ramp, by magnitude",
-    "ours, one simplex",
-    "ours",
-]
-_OF_EACH, _OF_OURS, _ONE = METHODS[2], METHODS[7:9], METHODS[9]
 # A threshold for every unit at every step takes three times as long as the rest of it; halves of ours cost what ours
 # does. A share of each layer is the authors' own form, which the densities by size replace on the small tasks.
+_OF_TRANSFORMERS = ("gradual magnitude, of each layer", "ours, one simplex")
+_COSTLY = ("targeted dropout", "gradual magnitude, our densities", "our ramp, by magnitude")
 LEFT_OUT = {
-    MLP.name: [_OF_EACH, _ONE],
-    CNN.name: [_OF_EACH, _ONE],
-    LENET.name: [_OF_EACH, "targeted dropout", *_OF_OURS, _ONE],
-    GPT.name: ["targeted dropout", *_OF_OURS],
+    MLP.name: _OF_TRANSFORMERS,
+    CNN.name: _OF_TRANSFORMERS,
+    LENET.name: (*_OF_TRANSFORMERS, *_COSTLY),
+    GPT.name: _COSTLY,
 }
 
 
@@ -75,11 +63,11 @@ def dense(task: Task) -> Arm:
     return Arm("dense", "baseline", lrs=FOUR_LRS[task.name])
 
 
-def methods(task: Task, sparsity: float) -> list[Arm]:
-    """All that make the network of a task sparse; at other sparsities with what did best at 90%."""
+def all_methods(task: Task) -> list[Arm]:
+    """All that make a network sparse, those that are left out on this task included."""
     four, two = FOUR_LRS[task.name], TWO_LRS[task.name]
     every = {"every": (25, 100)}
-    arms = [
+    return [
         Arm("one-shot magnitude", "one-shot-magnitude", lrs=four),
         Arm("gradual magnitude", "gradual-magnitude", lrs=four),
         Arm("gradual magnitude, of each layer", "gradual-per-tensor", lrs=four),
@@ -93,12 +81,18 @@ def methods(task: Task, sparsity: float) -> list[Arm]:
         Arm("ours", "saliency", dict(RAMPED), (0.1,), lrs=four),  # the ramp moves the drop rate
     ]
 
+
+METHODS = [arm.name for arm in all_methods(MLP)]
+
+
+def methods(task: Task, sparsity: float) -> list[Arm]:
+    """Those of a task; at other sparsities with what did best at 90%."""
+
     def tuned_as(arm: Arm) -> tuple[str, str] | None:
         return None if sparsity == TUNED_AT else (question_of(task, TUNED_AT), arm.name)
 
-    return [
-        replace(arm, sparsity=sparsity, tuned_as=tuned_as(arm)) for arm in arms if arm.name not in LEFT_OUT[task.name]
-    ]
+    arms = [arm for arm in all_methods(task) if arm.name not in LEFT_OUT[task.name]]
+    return [replace(arm, sparsity=sparsity, tuned_as=tuned_as(arm)) for arm in arms]
 
 
 def question_of(task: Task, sparsity: float | None) -> str:

@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 import torch
 from plan import CNN, GPT, LENET, METHODS, MLP, PLAN, SPARSITIES, TASKS, TUNED_AT, dense, methods
 from runner import Arm, Task, measured
-from tables import difference, filled, markdown, shown, signed
+from tables import difference, markdown, report, shown, signed
 from torch import Tensor, nn
 
 from impact_optim.experiments.models import build_model
@@ -224,5 +224,4 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(), TABLES))
-    draw()
+    report(__doc__, PAGE, TABLES, draw)
