@@ -11,9 +11,9 @@ from runner import Arm, Plan, Question, Task
 
 from impact_optim.experiments.arms import RAMPED
 
-FIVE, THREE = tuple(range(100, 105)), tuple(range(100, 103))
-MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=FIVE)
-CNN = Task("mnist1d-cnn", "mnist1d", "cnn", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=FIVE)
+TEN, FIVE, THREE = tuple(range(100, 110)), tuple(range(100, 105)), tuple(range(100, 103))
+MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=TEN)
+CNN = Task("mnist1d-cnn", "mnist1d", "cnn", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=TEN)
 LENET = Task(
     "fashion-lenet", "fashion-mnist", "lenet-300-100", epochs=8, batch=100, tuning_seeds=(0,), test_seeds=THREE
 )
@@ -34,7 +34,7 @@ GPT = Task(
 )
 TASKS = [MLP, CNN, LENET, GPT]
 FOUR, THREE_LEVELS = (0.8, 0.9, 0.95, 0.98), (0.9, 0.95, 0.98)
-SPARSITIES = {MLP.name: FOUR, CNN.name: FOUR, LENET.name: THREE_LEVELS, GPT.name: (0.9,)}
+SPARSITIES = {MLP.name: FOUR, CNN.name: FOUR, LENET.name: THREE_LEVELS, GPT.name: THREE_LEVELS}
 TUNED_AT = 0.9
 
 # Every method has four points to be tuned at: four learning rates, or two and two values of an option.
