@@ -266,9 +266,9 @@ def test_macs_are_met_as_nearly_as_whole_units_allow(fraction):
     pruner = prune(model, {1: fraction / 2, 2: fraction}, criterion="random", target="macs")
     before = pruner.step().macs[0]
     wanted = (1 - fraction) * before
-    scores, possible = pruner._scores(), []
-    for k in range(units(pruner)):
-        plan = pruner.budget.lowest(k / units(pruner), scores)
+    order, possible = pruner.budget.order(pruner._scores()), []
+    for steps in range(1 + len(order.steps)):
+        plan = pruner.graph.plan(order.first(steps))
         possible.append(model_size(model, ((X[:1],), {}), plan).macs[""])
     assert abs(pruner.step().macs[1] - wanted) <= max(min(abs(m - wanted) for m in possible), 0.002 * before)
 

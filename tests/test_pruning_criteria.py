@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from impact_optim.pruning import budget
-from impact_optim.pruning.budget import SPLITS, possible_cuts, units_per_step
+from impact_optim.pruning.budget import SPLITS, nearest_zero, possible_cuts, removal_order, units_per_step
 from impact_optim.pruning.criteria import CRITERIA, Context, mean_over_places
 from impact_optim.pruning.graph import Axis, UnitGroup
 from impact_optim.pruning.statistics import UnitStatistics, channel_responses, complexity_lost
@@ -154,7 +153,8 @@ def units_to_remove(
         name: possible_cuts(len(score), *(n if isinstance(n, int) else n[name] for n in (round_to, min_units)))
         for name, score in scores.items()
     }
-    return budget.units_to_remove(scores, fraction, stops, **options)
+    order = removal_order(scores, stops, **options)
+    return order.first(order.nearest(fraction * sum(map(len, scores.values()))))
 
 
 def drawn(sizes: list[int], seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -211,6 +211,23 @@ def test_it_is_deterministic_and_nothing_is_removed_of_nothing(split):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert units_to_remove(scores, 0.0, split=split, **rest) == {}
+
+
+@quick
+@given(drops=st.lists(st.integers(0, 9), min_size=1, max_size=300), share=st.floats(0.01, 0.99), power=st.integers(1, 3))
+def test_the_search_finds_the_number_of_steps_that_comes_nearest_in_few_tries(drops, share, power):
+    """What is left of a network falls with each step, at times by nothing, and beyond the last step to nothing."""
+    left = [sum(drops[i:]) ** power + 1 for i in range(len(drops) + 1)]
+    wanted, asked = (1 - share) * left[0], []
+
+    def excess(steps: int) -> float:
+        asked.append(steps)
+        return left[steps] - wanted
+
+    found = nearest_zero(excess, left[0] - wanted, -wanted, len(drops))
+    assert abs(left[found] - wanted) == min(abs(value - wanted) for value in left)
+    assert len(set(asked)) == len(asked) <= 3 * math.log2(len(drops) + 2)
+    assert set(asked) <= set(range(1, len(drops) + 1))
 
 
 def counts(removed: dict[str, Tensor]) -> dict[str, int]:

@@ -1069,6 +1069,20 @@ def test_an_untraceable_model_is_named_with_the_line() -> None:
         trace(model.double(), tokens())
 
 
+def test_a_buffer_that_the_first_forward_pass_makes_is_named_with_the_remedy() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not hasattr(m, "scale"):
+            m.register_buffer("scale", torch.ones(6, dtype=x.dtype))
+        return m.b(m.a(x) * m.scale)
+
+    model = Run(forward, a=nn.Linear(12, 6), b=nn.Linear(6, 2)).double()
+    with pytest.raises(RuntimeError, match=r"makes the buffers \['scale'\]. Run it once before"):
+        trace(model, tokens())
+    assert not dict(model.named_buffers())
+    model(*tokens())
+    assert trace(model, tokens()).groups["a"].size == 6
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_scripted_module_is_refused_and_the_model_left_as_it_was() -> None:
     model, inputs = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from .statistics import UnitStatistics, complexity_lost
 TARGETS = ("macs", "params", "units")
 SPLITS = ("uniform", "global", "rademacher")
 _SHORTFALL = 0.01  # of what there was, from which on a report speaks of it
-_TRIES, _TOLERANCE = 12, 0.002  # of the MACs or parameters of the whole network
+_TOLERANCE = 0.002  # of the MACs or parameters of the whole network, with which a search ends
 
 
 class Scores(NamedTuple):
@@ -83,39 +83,28 @@ class Budget:
         )
 
     def plan(self, fraction: float, scores: Scores) -> Plan:
-        """What to remove so that a fraction of what there was is gone."""
+        """What to remove so that a fraction of what there was is gone, as nearly as whole units allow."""
         gone = self.gone()
-        if fraction <= gone or not scores.values:
+        if fraction <= gone or not scores.values or not self._original:
             return self.graph.plan({})
+        order = self.order(scores)
         if self.target == "units":
-            groups = self.groups()
+            all_units = sum(group.original_size for group in self.groups().values())
             # What has no score stays, and the others go instead.
-            scored = sum(groups[name].size for name in scores.values) / sum(group.size for group in groups.values())
-            return self.lowest(min((fraction - gone) / (1 - gone) / scored, 1.0), scores)
-
-        # MACs and parameters go about with the square of the widths, and widths with the fraction of units: a straight
-        # line between two roots of them meets the wanted one after few trials.
+            return self.graph.plan(order.first(order.nearest((fraction - gone) * all_units)))
         count = parameter_counts if self.target == "params" else self.graph.rehearsal.macs
         wanted = (1 - fraction) * self._original
-        low, high = (0.0, self._measured(self.size) ** 0.5), (1.0, 0.0)
-        best = (math.inf, UNCUT)
-        for i in range(_TRIES if self._original else 0):
-            asked = low[0] + (high[0] - low[0]) * (low[1] - wanted**0.5) / (low[1] - high[1])
-            if i % 2:  # a line alone may creep up on it from one side
-                asked = (low[0] + high[0]) / 2
-            plan = self.lowest(asked, scores)
-            left = count(self.model, plan)[""]
-            best = min(best, (abs(left - wanted), plan), key=lambda pair: pair[0])
-            if best[0] <= _TOLERANCE * self._original:
-                break
-            if left > wanted:
-                low = (asked, left**0.5)
-            else:
-                high = (asked, left**0.5)
-        return best[1]
+        plans: dict[int, Plan] = {0: self.graph.plan({})}
 
-    def lowest(self, fraction: float, scores: Scores) -> Plan:
-        """What to remove so that a fraction of the units that there are is gone."""
+        def excess(steps: int) -> float:
+            plans[steps] = self.graph.plan(order.first(steps))
+            excess = count(self.model, plans[steps])[""] - wanted
+            return excess if abs(excess) > _TOLERANCE * self._original else 0.0
+
+        return plans[nearest_zero(excess, self._measured(self.size) - wanted, -wanted, len(order.steps))]
+
+    def order(self, scores: Scores) -> RemovalOrder:
+        """The order in which units go."""
         groups = {name: self.graph.groups[name] for name in scores.values}
         stops = {
             name: possible_cuts(
@@ -125,7 +114,29 @@ class Budget:
             )
             for name, group in groups.items()
         }
-        return self.graph.plan(units_to_remove(scores.values, fraction, stops, self.split, scores.statistics))
+        return removal_order(scores.values, stops, self.split, scores.statistics)
+
+
+def nearest_zero(function: Callable[[int], float], first: float, beyond: float, last: int) -> int:
+    """Where a falling function of the numbers 0 to ``last`` is nearest to zero, by the Illinois form of false position.
+
+    Args:
+        function: asked at most once for a number, and not for 0.
+        first: its value at 0, above zero.
+        beyond: a value below zero for the number after the last.
+    """
+    low, high, values = 0, last + 1, {0: first}
+    above, below, side = first, beyond, 0
+    while high - low > 1:
+        i = min(max(low + round((high - low) * above / (above - below)), low + 1), high - 1)
+        values[i] = value = function(i)
+        if value == 0:
+            return i
+        if value > 0:  # an end that stays twice counts half, or the other would creep
+            low, above, below, side = i, value, below / 2 if side > 0 else below, 1
+        else:
+            high, below, above, side = i, value, above / 2 if side < 0 else above, -1
+    return min(values, key=lambda i: abs(values[i]))
 
 
 def units_per_step(group: UnitGroup, channels: int) -> int:
@@ -144,19 +155,39 @@ def possible_cuts(size: int, multiple: int, least: int) -> list[int]:
     return [0, *(size - left for left in range((size - 1) // multiple * multiple, least - 1, -multiple))]
 
 
-def units_to_remove(
+class RemovalOrder(NamedTuple):
+    """The order in which units go."""
+
+    positions: Mapping[str, Tensor]
+    """By group, int64, [units]: its own order."""
+    steps: Sequence[tuple[str, int]]
+    """A group, and how many of its units have gone with this step and those before."""
+
+    def first(self, number: int) -> dict[str, Tensor]:
+        """What goes with so many steps: by group, the positions, int64, ascending; without groups that lose nothing."""
+        removed = dict(self.steps[:number])
+        return {name: order[: removed[name]].sort().values for name, order in self.positions.items() if name in removed}
+
+    def nearest(self, units: float) -> int:
+        """The number of steps that come nearest to so many units."""
+        gone = dict.fromkeys(self.positions, 0)
+        reached = [0]
+        for name, number in self.steps:
+            reached.append(reached[-1] + number - gone[name])
+            gone[name] = number
+        return min(range(len(reached)), key=lambda i: abs(reached[i] - units))
+
+
+def removal_order(
     scores: Mapping[str, Tensor],
-    fraction: float,
     stops: Mapping[str, Sequence[int]],
     split: str = "uniform",
     statistics: Mapping[str, Sequence[UnitStatistics]] | None = None,
-) -> dict[str, Tensor]:
-    r"""The units with the lowest scores that make up a fraction of the network.
+) -> RemovalOrder:
+    r"""The order in which the units of all groups go, so that a larger budget removes the same units and more.
 
     Within a group units go in the order of their scores, equal ones in the order of their positions, in steps from one
-    of its stops to the next. All steps of all groups stand in one line by a key, and as many are taken from its front
-    as come nearest to the budget, as far as the stops allow, so that a larger budget removes the same units and more.
-    The key is
+    of its stops to the next. All steps of all groups stand in one line by a key. The key is
 
     - ``"uniform"``: the share of the group's units that has gone by the middle of the step;
     - ``"global"``: the mean score of the step's units, over the root mean square of the group's scores. Without that
@@ -169,13 +200,9 @@ def units_to_remove(
 
     Args:
         scores: by group, [units].
-        fraction: of all units, in [0, 1].
         stops: by group, how many of its units may go, ascending from 0.
         split: one of the three.
         statistics: by group, for ``"rademacher"``.
-
-    Returns:
-        By group, the positions to remove, int64, ascending; groups that lose nothing are left out.
 
     Raises:
         ValueError: a score is not finite, or statistics are missing.
@@ -190,13 +217,9 @@ def units_to_remove(
         key = -math.inf
         for a, b in itertools.pairwise(stops[name]):
             key = max(key, ((height[b] - height[a]) / (b - a) if split == "global" else height[a] + height[b]).item())
-            steps.append((key, name, b, b - a))
+            steps.append((key, name, b))
     steps.sort(key=lambda step: step[0])  # stable: the steps of a group stay in order
-    reached = list(itertools.accumulate((units for *_, units in steps), initial=0))
-    wanted = fraction * sum(map(len, scores.values()))
-    number = min(range(len(reached)), key=lambda i: abs(reached[i] - wanted))
-    removed = {name: gone for _, name, gone, _ in steps[:number]}
-    return {name: order[: removed[name]].sort().values for name, order in orders.items() if name in removed}
+    return RemovalOrder(orders, [(name, gone) for _, name, gone in steps])
 
 
 def _height(

@@ -99,7 +99,9 @@ class Rehearsal:
             with warnings.catch_warnings(), self._prepared(model, plan, training) as (args, kwargs):
                 # That code keeps tensors is said in vain: what it has kept is thrown away.
                 warnings.filterwarnings("ignore", "The tensor attribute")
-                return torch.export.export(model, args, copy.copy(kwargs), strict=False)
+                buffers = dict(model.named_buffers())
+                program = torch.export.export(model, args, copy.copy(kwargs), strict=False)
+                made = sorted(dict(model.named_buffers()).keys() - buffers.keys())
         except Exception as error:
             if kind := self._unknown_output(model, plan, training):
                 raise RuntimeError(
@@ -113,6 +115,12 @@ class Rehearsal:
                 f"torch.export cannot trace the model: it stopped {where} with {type(error).__name__}: {error}. "
                 "Change that line, or leave the module out with ignore=."
             ) from error
+        if made:  # the program that torch.export gives is a wrong one
+            raise RuntimeError(
+                f"torch.export cannot trace the model as it is: its first forward pass makes the buffers {made}. Run it "
+                "once before, on data"
+            )
+        return program
 
     def failure(self, model: nn.Module, plan: Plan) -> Exception | None:
         """What the model's code raises as a plan would leave it, in any of the modes."""
