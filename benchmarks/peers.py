@@ -15,7 +15,7 @@ from impact_optim import SIGNALS, ImpactSGD, SparsityReport, erdos_renyi
 from impact_optim.engine import _gradients_at
 from impact_optim.experiments.arms import BASES, SGD, build_optimizer
 from impact_optim.experiments.models import ResNet18, TransformerBlock
-from impact_optim.experiments.sparse import CannotBeSparse, ramp_epochs
+from impact_optim.experiments.sparse import FLOOR, CannotBeSparse, ramp_epochs
 from impact_optim.impact import ImpactOptimizer
 from impact_optim.pruning import CRITERIA, ActivationPruner, UnitGroup
 from impact_optim.pruning.criteria import Context
@@ -116,7 +116,7 @@ class OneShot(ImpactOptimizer):
     def step(self, closure: Any = None) -> Any:
         if self._until_cut == 0:
             try:
-                self.sparsify(self._final_sparsity, by="magnitude")
+                self.sparsify(self._final_sparsity, by="magnitude", floor=FLOOR)
             except ValueError as error:
                 raise CannotBeSparse(str(error)) from error
         self._until_cut -= 1
@@ -194,7 +194,7 @@ class GradualPerTensor(ImpactOptimizer):
     """An optimizer whose tensors all lose the same share of their smallest weights, as Zhu & Gupta do."""
 
     def sparsify(self, sparsity: Any = None, **options: Any) -> SparsityReport:
-        return super().sparsify(sparsity, scope="tensor", **options)
+        return super().sparsify(sparsity, **{**options, "floor": 1.0})
 
 
 class StepLookahead(ImpactSGD):

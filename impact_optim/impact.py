@@ -33,7 +33,6 @@ from .weights import normalized_weights, vectors_of
 __all__ = ["Impact", "TensorSummary"]
 
 _SPARSIFY_BY = ("importance", "expected", "magnitude")
-_SPARSIFY_SCOPES = ("global", "tensor")
 
 
 class TensorSummary(NamedTuple):
@@ -247,7 +246,7 @@ class Impact(Engine):
         *,
         masks: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None = None,
         by: str = "importance",
-        scope: str = "global",
+        floor: float = 0.0,
         params: Iterable[Tensor] | None = None,
     ) -> SparsityReport:
         r"""Keeps the weights that matter most and makes the others zero for good.
@@ -267,7 +266,8 @@ class Impact(Engine):
             masks: in place of it, masks of your own: by name, as a report has them, or by parameter; True where a
                 weight is kept.
             by: what decides: ``"importance"`` w, ``"expected"`` \|x\|·π, or ``"magnitude"`` \|x\|.
-            scope: ``"global"``, the share is of all tensors together, or ``"tensor"``, of each.
+            floor: how much less than the others a tensor may keep, in [0, 1]. With 0 all weights stand in one ranking,
+                with 0.1 each tensor keeps a tenth of the common share at least, with 1 all keep the same share.
             params: the tensors to make sparse; by default all that masks touch.
 
         Returns:
@@ -282,9 +282,10 @@ class Impact(Engine):
         if self.in_scope:
             raise RuntimeError("sparsify() changes the dense weights: leave the scope of masked() or expected() first")
         self._refresh()
-        for name, chosen, choices in (("by", by, _SPARSIFY_BY), ("scope", scope, _SPARSIFY_SCOPES)):
-            if chosen not in choices:
-                raise ValueError(f"Invalid {name}: {chosen!r}; choose from {list(choices)}")
+        if by not in _SPARSIFY_BY:
+            raise ValueError(f"Invalid by: {by!r}; choose from {list(_SPARSIFY_BY)}")
+        if not (is_number(floor) and 0.0 <= floor <= 1.0):
+            raise ValueError(f"Invalid floor: {floor!r}; it must lie in [0, 1]")
         if (sparsity is None) == (masks is None):
             raise ValueError("sparsify() takes either a sparsity or masks")
         if masks is not None:
@@ -304,7 +305,7 @@ class Impact(Engine):
                 raise ValueError(
                     "there is nothing to make sparse: masks touch trained tensors of two or more dimensions"
                 )
-            kept = choose(scores, goal, scope, self._name)
+            kept = choose(scores, goal, floor, self._name)
             # A pattern leaves something of every row, over which norms go by default.
             if not isinstance(goal, tuple):
                 fill_empty_slices({p: kept[p] for p in self._normalized & kept.keys()}, scores)

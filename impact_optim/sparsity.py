@@ -92,14 +92,14 @@ def erdos_renyi(shapes: Sequence[Sequence[int]], density: float, most: Sequence[
 
 
 def choose(
-    scores: Mapping[Tensor, Tensor], sparsity: float | tuple[int, int], scope: str, name: Callable[[Tensor], str]
+    scores: Mapping[Tensor, Tensor], sparsity: float | tuple[int, int], floor: float, name: Callable[[Tensor], str]
 ) -> dict[Tensor, Tensor]:
     """The masks of the weights to be kept.
 
     Args:
         scores: of each tensor; -inf for what is zero for good already.
         sparsity: the share of weights to be zero, or a pattern as :func:`parse_pattern` gives it.
-        scope: ``"global"`` or ``"tensor"``.
+        floor: of the share that is kept of all weights, what is kept of each tensor at least.
         name: what to call a tensor in an error.
 
     Raises:
@@ -113,11 +113,14 @@ def choose(
             raise ValueError(
                 f"dimension 1 of none of the tensors can be divided by {sparsity[1]}: sparsify by a share instead"
             )
-    elif scope == "tensor":
-        masks = {p: keep_largest([score], round((1.0 - sparsity) * score.numel()))[0] for p, score in scores.items()}
     else:
-        count = round((1.0 - sparsity) * sum(score.numel() for score in scores.values()))
-        masks = dict(zip(scores, keep_largest(list(scores.values()), count), strict=True))
+        ranked = []
+        for score in scores.values():
+            least = max(1, int(floor * (1.0 - sparsity) * score.numel())) if floor > 0 else 0
+            first = keep_largest([score], least)[0] & (score > -math.inf)
+            ranked.append(score.masked_fill(first, math.inf))
+        count = round((1.0 - sparsity) * sum(score.numel() for score in ranked))
+        masks = dict(zip(scores, keep_largest(ranked, count), strict=True))
     for p, mask in masks.items():
         revived = mask & (scores[p] == -math.inf)
         if not isinstance(sparsity, tuple) and revived.any():
@@ -128,8 +131,8 @@ def choose(
         mask &= ~revived
         if not mask.any():
             raise ValueError(
-                f"sparsity={sparsity} would leave nothing of {name(p)}, and the network dead: lower it, choose "
-                "scope='tensor', or leave the tensor out of params"
+                f"sparsity={sparsity} would leave nothing of {name(p)}, and the network dead: lower it, set a floor "
+                "such as floor=0.1, or leave the tensor out of params"
             )
     return masks
 

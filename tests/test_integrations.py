@@ -305,8 +305,8 @@ def heads_and_hidden(model, optimizer):
     [
         (PLANS["masks"], 4),
         (PLANS["ramp"], STEPS),  # written before the epoch is over
-        ({**PLANS["zeros"], "scope": "tensor"}, 2 * STEPS),
-        ({**PLANS["zeros"], "scope": "tensor"}, 8),
+        ({**PLANS["zeros"], "floor": 0.1}, 2 * STEPS),
+        ({**PLANS["zeros"], "floor": 0.1}, 8),
         ({"pruner": heads_and_hidden}, 4),
     ],
     ids=["masks", "ramp", "before zeros", "after zeros", "cuts"],
@@ -326,7 +326,7 @@ def test_hugging_face_resumes_to_the_bit(plan, checkpoint, tmp_path):
 
 def test_hugging_face_trains_masked_evaluates_dense_and_logs(tmp_path):
     log, model = [], bert()
-    callback = transformers.ImpactCallback(sparsify={5: 0.6}, scope="tensor", log=log.append)
+    callback = transformers.ImpactCallback(sparsify={5: 0.6}, floor=0.1, log=log.append)
     run = hugging_face(tmp_path, 2, callback, model)
     run.train()
     assert log[0]["impact/drop_rate"] == pytest.approx(0.3, abs=0.02)
@@ -344,7 +344,7 @@ def test_hugging_face_takes_an_optimizer_that_was_made_before(tmp_path):
     Impact(model, optimizer, drop_rate=0.3)
     run = hugging_face(tmp_path, 1, None, model)
     run = Trainer(model, run.args, train_dataset=SENTENCES, optimizers=(optimizer, None))
-    run.add_callback(transformers.ImpactCallback(sparsify={2: 0.5}, scope="tensor", log=log.append))
+    run.add_callback(transformers.ImpactCallback(sparsify={2: 0.5}, floor=0.1, log=log.append))
     run.train()
     assert log[0]["impact/sparsity"] == pytest.approx(0.5, abs=0.02)
 
@@ -354,7 +354,7 @@ def test_hugging_face_builds_the_model_anew_for_every_run(tmp_path):
     arguments = hugging_face(tmp_path, 1, None).args
     factory = (ImpactAdamW, {"lr": 1e-3, "drop_rate": 0.3})
     run = Trainer(None, arguments, train_dataset=SENTENCES, model_init=bert, optimizer_cls_and_kwargs=factory)
-    run.add_callback(transformers.ImpactCallback(sparsify={2: 0.5}, scope="tensor", log=log.append))
+    run.add_callback(transformers.ImpactCallback(sparsify={2: 0.5}, floor=0.1, log=log.append))
     run.train()
     run.train()
     assert [line["impact/sparsity"] for line in log] == pytest.approx([0.5, 0.5], abs=0.02)

@@ -108,9 +108,9 @@ def test_what_is_no_pattern_is_refused(pattern):
 
 @with_muon
 @pytest.mark.parametrize("by", ["importance", "expected", "magnitude"])
-@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("sparsity", [0.3, 0.9])
-def test_the_number_of_zeros_is_what_was_asked_and_the_best_are_left(face, by, scope, sparsity):
+def test_the_number_of_zeros_is_what_was_asked_and_the_best_are_left(face, by, floor, sparsity):
     model = two_layers(bias=face is not MUON)
     engine, optimizer = face(model, **OPTIONS)
     run(model, optimizer, range(5))
@@ -121,17 +121,22 @@ def test_the_number_of_zeros_is_what_was_asked_and_the_best_are_left(face, by, s
     }[by]
     scores = [score(p) for p in weights(model)]
     before = clones(weights(model))
-    report = engine.sparsify(sparsity, by=by, scope=scope)
+    report = engine.sparsify(sparsity, by=by, floor=floor)
     masks = list(report.masks.values())
     assert list(report.masks) == ["0.weight", "2.weight"]
     for p, old, mask in zip(weights(model), before, masks, strict=True):
         assert torch.equal(p, old * mask)  # rescale="inverse": the others as they were
-    ranked = [(torch.cat([s.flatten() for s in scores]), torch.cat([m.flatten() for m in masks]))]
-    if scope == "tensor":
-        ranked = list(zip(scores, masks, strict=True))
-    for s, mask in ranked:
-        assert mask.sum() == round((1 - sparsity) * mask.numel())
+    numels = [mask.numel() for mask in masks]
+    assert sum(int(mask.sum()) for mask in masks) == round((1 - sparsity) * sum(numels))
+    least = [int(floor * (1 - sparsity) * numel) for numel in numels]
+    kept = [int(mask.sum()) for mask in masks]
+    for s, mask, number, at_least in zip(scores, masks, kept, least, strict=True):
+        assert number >= at_least
         assert s[mask].min() >= s[~mask].max()
+    for above, s in enumerate(scores):  # who keeps more than the floor keeps nothing that others would rather have
+        for below, other in enumerate(scores):
+            if kept[above] > least[above]:
+                assert s[masks[above]].min() >= other[~masks[below]].max()
     assert report.sparsity == pytest.approx(sparsity, abs=0.01)
     assert optimizer.param_groups[0]["drop_rate"] == 0.0
     assert optimizer.param_groups[0]["hold_zeros"] is True
@@ -498,7 +503,7 @@ def test_sam_sees_the_sparse_network_in_both_passes(face):
     model = two_layers(bias=face is not MUON)
     engine, optimizer = face(model, **OPTIONS)
     run(model, optimizer, range(3))
-    engine.sparsify(0.9, scope="tensor")
+    engine.sparsify(0.9, floor=1.0)
     seen = []
     model[0].register_forward_pre_hook(lambda layer, _: seen.append((layer.weight == 0).clone()))
     optimizer.zero_grad()
@@ -673,7 +678,7 @@ def test_lookahead_judges_the_sparse_network(face):
     model = two_layers()
     engine, optimizer = face(model, **{**OPTIONS, "importance": "lookahead"})
     run(model, optimizer, range(2), closure=True)
-    engine.sparsify(0.5, scope="tensor")
+    engine.sparsify(0.5, floor=1.0)
     seen = []
 
     def loss() -> torch.Tensor:
@@ -772,9 +777,9 @@ def test_masks_that_would_empty_a_row_of_a_weight_with_a_norm_are_refused(kind):
         ({"sparsity": "half"}, "pattern such as"),
         ({"sparsity": 0.5, "by": "size"}, "Invalid by: 'size'; choose from"),
         ({"sparsity": 0.5, "by": None}, "Invalid by: None; choose from"),
-        ({"sparsity": 0.5, "scope": "layer"}, "Invalid scope: 'layer'; choose from"),
+        ({"sparsity": 0.5, "floor": 1.5}, r"Invalid floor: 1\.5; it must lie in \[0, 1\]"),
         ({"sparsity": 0.999}, r"would leave nothing of (0|2)\.weight"),
-        ({"sparsity": 0.998, "scope": "tensor"}, r"would leave nothing of 2\.weight"),
+        ({"sparsity": 0.998, "floor": 1.0}, r"would leave nothing of 2\.weight"),
         ({"sparsity": "1:5"}, "none of the tensors can be divided by 5"),
         ({"sparsity": 0.5, "params": "bias"}, r"0\.bias is never masked"),
         ({"sparsity": 0.5, "params": []}, "nothing to make sparse"),

@@ -13,6 +13,7 @@ from ..pruning import ramp
 from ..sparsity import erdos_renyi
 from .arms import GRADUAL, Masked
 
+FLOOR = 0.1  # what a layer keeps at least, of the share that all keep: an empty one is refused, and ends the run
 RAMP = 0.75  # of the epochs, as in Zhu & Gupta: then the network is sparse, and what is left trains on
 
 
@@ -33,6 +34,8 @@ class SparseFinish:
       say nothing about another. A ``keep_floor`` is lowered to a tenth of that at most.
     - ``gradual-magnitude`` removes the smallest weights before every epoch of the same ramp (Zhu & Gupta, 2017).
     - Arms without importances are cut to their largest weights after the last epoch.
+
+    Where layers compete, each keeps a tenth of the common share at least.
 
     Args:
         optimizer: of the run.
@@ -110,7 +113,7 @@ class SparseFinish:
 
     def _sparsify(self, sparsity: float, by: str, params: list[Tensor] | None = None) -> None:
         try:
-            self._optimizer.sparsify(sparsity, by=by, params=params)
+            self._optimizer.sparsify(sparsity, by=by, params=params, floor=FLOOR)
         except ValueError as error:
             raise CannotBeSparse(f"the weights cannot be made this sparse: {error}") from error
 

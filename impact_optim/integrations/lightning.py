@@ -23,7 +23,7 @@ class ImpactCallback(Callback):
     Args:
         drop_rate: makes the schedule of an optimizer; stepped after every training epoch.
         sparsify: ``trainer.global_step`` -> share of weights, or pattern, that is made zero for good after it.
-        by, scope: as in :meth:`impact_optim.Impact.sparsify`.
+        by, floor: as in :meth:`impact_optim.Impact.sparsify`.
         pruner: makes the pruner, out of the module and the optimizers; stepped after every training epoch. The
             module is on its device then, where the example inputs have to be: ``images.to(module.device)``.
 
@@ -48,10 +48,10 @@ class ImpactCallback(Callback):
         drop_rate: MakeSchedule | None = None,
         sparsify: Mapping[int, float | str] | None = None,
         by: str = "importance",
-        scope: str = "global",
+        floor: float = 0.0,
         pruner: MakePruner | None = None,
     ) -> None:
-        self._new_plan = partial(Plan, drop_rate=drop_rate, sparsify=sparsify, by=by, scope=scope, pruner=pruner)
+        self._new_plan = partial(Plan, drop_rate=drop_rate, sparsify=sparsify, by=by, floor=floor, pruner=pruner)
         self.plan = self._new_plan()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

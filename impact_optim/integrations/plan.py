@@ -28,7 +28,7 @@ class Plan:
     Args:
         drop_rate: makes the schedule of an optimizer with masks; it is stepped after every epoch.
         sparsify: step -> the share of weights, or the pattern, that :meth:`Impact.sparsify` makes zero after it.
-        by, scope: as in :meth:`Impact.sparsify`.
+        by, floor: as in :meth:`Impact.sparsify`.
         pruner: makes the pruner of a model and its optimizers, which is stepped after every epoch.
 
     Raises:
@@ -41,14 +41,14 @@ class Plan:
         drop_rate: MakeSchedule | None = None,
         sparsify: Mapping[int, float | str] | None = None,
         by: str = "importance",
-        scope: str = "global",
+        floor: float = 0.0,
         pruner: MakePruner | None = None,
     ) -> None:
         for step in sparsify or {}:
             if not is_integer(step) or step < 1:
                 raise ValueError(f"sparsify has the step {step!r}; it must map steps, counted from 1, to sparsities")
         self.sparsify = dict(sorted((sparsify or {}).items()))
-        self.by, self.scope = by, scope
+        self.by, self.floor = by, floor
         self._make_schedule, self._make_pruner = drop_rate, pruner
         self.step = self.epoch = 0
         """What has ended."""
@@ -131,7 +131,7 @@ class Plan:
         for at, sparsity in self.sparsify.items():
             if self.step < at <= step:
                 for impact in self.impacts:
-                    impact.sparsify(sparsity, by=self.by, scope=self.scope)
+                    impact.sparsify(sparsity, by=self.by, floor=self.floor)
                 self.is_sparse = True
         self.step = step
 

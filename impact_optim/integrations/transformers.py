@@ -34,7 +34,7 @@ class ImpactCallback(TrainerCallback):
     Args:
         drop_rate: makes the schedule of an optimizer; stepped after every epoch.
         sparsify: ``state.global_step`` -> share of weights, or pattern, that is made zero for good after it.
-        by, scope: as in :meth:`impact_optim.Impact.sparsify`.
+        by, floor: as in :meth:`impact_optim.Impact.sparsify`.
         pruner: makes the pruner, out of the model and the optimizers; stepped after every epoch. The model is on its
             device then, where the example inputs have to be: ``words.to(model.device)``.
         log: gets the importances and sparsities after every epoch: ``trainer.log``.
@@ -45,7 +45,7 @@ class ImpactCallback(TrainerCallback):
 
     Example:
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(ImpactAdamW, {"lr": 5e-5, "drop_rate": 0.1}))
-        >>> trainer.add_callback(ImpactCallback(sparsify={2000: 0.8}, scope="tensor", log=trainer.log))
+        >>> trainer.add_callback(ImpactCallback(sparsify={2000: 0.8}, floor=0.1, log=trainer.log))
         >>> trainer.train()
     """
 
@@ -55,11 +55,11 @@ class ImpactCallback(TrainerCallback):
         drop_rate: MakeSchedule | None = None,
         sparsify: Mapping[int, float | str] | None = None,
         by: str = "importance",
-        scope: str = "global",
+        floor: float = 0.0,
         pruner: MakePruner | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        self._new_plan = partial(Plan, drop_rate=drop_rate, sparsify=sparsify, by=by, scope=scope, pruner=pruner)
+        self._new_plan = partial(Plan, drop_rate=drop_rate, sparsify=sparsify, by=by, floor=floor, pruner=pruner)
         self.plan = self._new_plan()
         self._log = log
         self._is_resumed = False
