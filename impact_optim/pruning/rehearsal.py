@@ -117,8 +117,8 @@ class Rehearsal:
             ) from error
         if made:  # the program that torch.export gives is a wrong one
             raise RuntimeError(
-                f"torch.export cannot trace the model as it is: its first forward pass makes the buffers {made}. Run it "
-                "once before, on data"
+                f"torch.export cannot trace the model as it is: its first forward pass makes the buffers {made}. "
+                "Run it once before, on data"
             )
         return program
 
