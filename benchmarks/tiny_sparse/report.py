@@ -150,20 +150,25 @@ TRIED = {
     "er-kl1": "the same, λ = 1",
     "final": "as it is now: λ = 0.5, the floor a tenth of what is left at most",
 }
+TRIED_ON_GPT = {
+    "compete": "one simplex, λ = 0.3, each layer keeps a tenth of the common share at least",
+    "compete-lr.02": "the same, learning rate 0.02",
+    "compete-floor.3": "three tenths at least",
+    "compete-kl.5": "λ = 0.5",
+}
 """What was tried to make ours better, by its name in tried.jsonl."""
 
 
-def tried() -> str:
-    """Validation accuracies, mean over the seeds."""
+def tried(names: dict[str, str], *tasks: Task) -> str:
+    """Validation accuracies, or bits, mean over the seeds."""
     lines = [json.loads(line) for line in Path(__file__).with_name("tried.jsonl").read_text().splitlines()]
-    table = [["tried", TITLES[MLP.name], TITLES[CNN.name]]]
-    for name, title in TRIED.items():
+    table = [["tried", *(TITLES[task.name] for task in tasks)]]
+    for name, title in names.items():
         row = [title]
-        for task in (MLP, CNN):
-            found = [
-                each["validation_accuracy"] for each in lines if (each["tried"], each["task"]) == (name, task.name)
-            ]
-            row.append(f"{fmean(found):.1f} ({len(found)})" if found else "")
+        for task in tasks:
+            of = f"validation_{task.measure}"
+            found = [each[of] for each in lines if (each["tried"], each["task"]) == (name, task.name)]
+            row.append(f"{fmean(found):.{digits(task)}f} ({len(found)})" if found else "")
         table.append(row)
     return markdown(table)
 
@@ -173,12 +178,13 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"differences-{task.name}": partial(differences, task) for task in TASKS},
     **{f"costs-{task.name}": partial(costs, task) for task in TASKS},
     "chosen": chosen,
-    "tried": tried,
+    "tried": partial(tried, TRIED, MLP, CNN),
+    "tried-gpt": partial(tried, TRIED_ON_GPT, GPT),
 }
 
 
 def draw() -> None:
-    """Accuracy against sparsity, a panel for each task that has several."""
+    """Accuracy or bits against sparsity, a panel for each task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,7 +192,7 @@ def draw() -> None:
 
     from impact_optim.plots import arm_colors
 
-    tasks = [task for task in TASKS if len(SPARSITIES[task.name]) > 1 and values(task, dense(task))]
+    tasks = [task for task in TASKS if values(task, dense(task))]
     drawn = {arm.name for task in tasks for arm in methods(task, TUNED_AT)}
     names = [name for name in METHODS if name in drawn]
     parts = [name for name in names if "our " in name]  # of ours, one by one
@@ -218,8 +224,9 @@ def draw() -> None:
         ax.set_title(TITLES[task.name], fontsize=9)
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("test accuracy (%)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+        ax.set_ylabel("test accuracy (%)" if task.measure == "accuracy" else "bits per character")
+    shown = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(ROOT / "docs" / "images" / "tiny_sparse.png", dpi=130)
 
 
