@@ -96,6 +96,24 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _each_network_is_traced_once():
+    """Most tests are about what follows: they get copies of the graph of :func:`network`, which its weights do not enter."""
+    graphs, trace = {}, pruner_module.trace
+
+    def traced(model, example_inputs, *, ignore=()):
+        names = {module: name for name, module in model.named_modules()}
+        ignored = tuple(names[module] for module in ignore)
+        key = (repr(model), repr([p.shape for p in model.parameters()]), repr(example_inputs), ignored)
+        if key not in graphs:
+            graphs[key] = trace(model, example_inputs, ignore=ignore)
+        return copy.deepcopy(graphs[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruner_module, "trace", traced)
+        yield
+
+
 def prune(model, schedule, optimizer=(), **options):
     options = {"target": "units", "max_ratio": 1.0, "every": 1, **options}
     return ActivationPruner(model, X[:1], schedule, optimizer=optimizer, **options)

@@ -170,7 +170,7 @@ def networks(make: st.DrawFn) -> nn.Module:
 INPUT = (torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(model=networks(), seed=st.integers(0, 2**16))
 def test_random_networks_equal_their_masked_selves(model: nn.Module, seed: int) -> None:
     check_against_masked_selves(model, seed)

@@ -161,20 +161,25 @@ class _Caches:
     """
 
     def __init__(self) -> None:
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._misses: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        """Of each cache, how often something new had come into it when it was looked into."""
         self._imported = 0
 
     def find(self) -> None:
         self._imported = len(sys.modules)
-        self._known.update(o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper)
+        for found in gc.get_objects():
+            if type(found) is functools._lru_cache_wrapper:
+                self._misses.setdefault(found, -1)
 
     def forget_fakes(self) -> None:
         """Empties those that hold tensors without data."""
         if len(sys.modules) != self._imported:
             self.find()
-        for cached in self._known:
-            if cached.cache_info().currsize and _holds_fakes(gc.get_referents(cached), 3):
-                cached.cache_clear()
+        for cached, misses in list(self._misses.items()):
+            if cached.cache_info().misses != misses:
+                if _holds_fakes(gc.get_referents(cached), 3):
+                    cached.cache_clear()
+                self._misses[cached] = cached.cache_info().misses
 
 
 caches = _Caches()
