@@ -15,24 +15,23 @@ from typing_extensions import Unpack
 from .engine import Engine
 from .importances import Simplex
 from .masking import attached_maskings
-from .options import OPTIONS, ImpactOptions, check, check_keys, completed, documentation, is_number
+from .options import OPTIONS, ImpactOptions, check, check_keys, completed, documentation
 from .simplex import perplexity
 from .sparsity import (
     SparseTensor,
     SparsityReport,
     changed,
+    check_choice,
     choose,
     fill_empty_slices,
     own_masks,
-    parse_pattern,
+    parse_sparsity,
     scores_of,
     sparse_values,
 )
 from .weights import normalized_weights, vectors_of
 
 __all__ = ["Impact", "TensorSummary"]
-
-_SPARSIFY_BY = ("importance", "expected", "magnitude")
 
 
 class TensorSummary(NamedTuple):
@@ -282,18 +281,13 @@ class Impact(Engine):
         if self.in_scope:
             raise RuntimeError("sparsify() changes the dense weights: leave the scope of masked() or expected() first")
         self._refresh()
-        if by not in _SPARSIFY_BY:
-            raise ValueError(f"Invalid by: {by!r}; choose from {list(_SPARSIFY_BY)}")
-        if not (is_number(floor) and 0.0 <= floor <= 1.0):
-            raise ValueError(f"Invalid floor: {floor!r}; it must lie in [0, 1]")
+        check_choice(by, floor)
         if (sparsity is None) == (masks is None):
             raise ValueError("sparsify() takes either a sparsity or masks")
         if masks is not None:
             kept = own_masks(masks, self._home, self._normalized, self._name)
         else:
-            goal: Any = parse_pattern(sparsity) if isinstance(sparsity, str) else sparsity
-            if not isinstance(goal, tuple) and not (is_number(goal) and 0.0 <= goal < 1.0):
-                raise ValueError(f"Invalid sparsity: {sparsity}; it must lie in [0, 1), or be a pattern such as '2:4'")
+            goal = parse_sparsity(sparsity)
             selected = None if params is None else list(params)
             for p in selected or ():
                 if self._find(p)[1] is None:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from .importances import Simplex
+from .options import is_number
 from .weights import empty_slices
 
 __all__ = ["SparseTensor", "SparsityReport", "erdos_renyi"]
+
+_BY = ("importance", "expected", "magnitude")
 
 
 class SparseTensor(NamedTuple):
@@ -287,6 +290,27 @@ def keep_pattern(score: Tensor, n: int, m: int) -> Tensor | None:
     kept = blocks.argsort(dim=-1, descending=True, stable=True)[..., :n]
     mask = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, kept, True)
     return mask.flatten(-2).movedim(-1, 1).contiguous()
+
+
+def check_choice(by: str, floor: float) -> None:
+    """Raises a ValueError where :meth:`Impact.sparsify` does not know how to choose."""
+    if by not in _BY:
+        raise ValueError(f"Invalid by: {by!r}; choose from {list(_BY)}")
+    if not (is_number(floor) and 0.0 <= floor <= 1.0):
+        raise ValueError(f"Invalid floor: {floor!r}; it must lie in [0, 1]")
+
+
+def parse_sparsity(sparsity: Any) -> float | tuple[int, int]:
+    """The share of weights to be zero, or a pattern.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(sparsity, str):
+        return parse_pattern(sparsity)
+    if not (is_number(sparsity) and 0.0 <= sparsity < 1.0):
+        raise ValueError(f"Invalid sparsity: {sparsity}; it must lie in [0, 1), or be a pattern such as '2:4'")
+    return sparsity
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

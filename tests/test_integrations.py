@@ -186,10 +186,20 @@ def test_cuts_are_refused_where_several_processes_train(monkeypatch, tmp_path):
         callback.on_train_begin(run.args, run.state, run.control, model=run.model, optimizer=run.create_optimizer())
 
 
-@pytest.mark.parametrize("steps", [{0: 0.5}, {1.5: 0.5}])
-def test_a_step_that_is_none_is_refused(steps):
-    with pytest.raises(ValueError, match="it must map steps"):
-        Plan(sparsify=steps)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsify": {0: 0.5}}, "it must map steps"),
+        ({"sparsify": {1.5: 0.5}}, "it must map steps"),
+        ({"sparsify": {5: 1.5}}, r"Invalid sparsity: 1\.5; it must lie in \[0, 1\)"),
+        ({"sparsify": {5: "2/4"}}, "a pattern such as '2:4'"),
+        ({"by": "size"}, "Invalid by: 'size'"),
+        ({"floor": 2}, "Invalid floor: 2; it must lie in"),
+    ],
+)
+def test_what_would_fail_after_hours_of_training_is_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**arguments)
 
 
 def test_lightnings_weight_averaging_renews_batch_norm_of_the_dense_network(tmp_path):

@@ -13,6 +13,7 @@ from ..impact import Impact, attached_impacts, impact_of
 from ..options import is_integer
 from ..pruning import ActivationPruner
 from ..pruning.repair import repair, with_state
+from ..sparsity import check_choice, parse_sparsity
 
 MakeSchedule = Callable[[Optimizer], DropRateScheduler]
 MakePruner = Callable[[nn.Module, Sequence[Optimizer | Impact]], ActivationPruner]
@@ -32,7 +33,7 @@ class Plan:
         pruner: makes the pruner of a model and its optimizers, which is stepped after every epoch.
 
     Raises:
-        ValueError: a step is no positive number.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Plan:
         floor: float = 0.0,
         pruner: MakePruner | None = None,
     ) -> None:
-        for step in sparsify or {}:
+        for step, sparsity in (sparsify or {}).items():
             if not is_integer(step) or step < 1:
                 raise ValueError(f"sparsify has the step {step!r}; it must map steps, counted from 1, to sparsities")
+            parse_sparsity(sparsity)
+        check_choice(by, floor)
         self.sparsify = dict(sorted((sparsify or {}).items()))
         self.by, self.floor = by, floor
         self._make_schedule, self._make_pruner = drop_rate, pruner
