@@ -265,8 +265,8 @@ class Impact(Engine):
             masks: in place of it, masks of your own: by name, as a report has them, or by parameter; True where a
                 weight is kept.
             by: what decides: ``"importance"`` w, ``"expected"`` \|x\|·π, or ``"magnitude"`` \|x\|.
-            floor: how much less than the others a tensor may keep, in [0, 1]. With 0 all weights stand in one ranking,
-                with 0.1 each tensor keeps a tenth of the common share at least, with 1 all keep the same share.
+            floor: what each tensor keeps at least, as a fraction of the share that all keep, in [0, 1]. With 0 all
+                weights stand in one ranking, with 1 all tensors keep the same share. A pattern has no floor.
             params: the tensors to make sparse; by default all that masks touch.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -102,7 +103,7 @@ def choose(
     Args:
         scores: of each tensor; -inf for what is zero for good already.
         sparsity: the share of weights to be zero, or a pattern as :func:`parse_pattern` gives it.
-        floor: of the share that is kept of all weights, what is kept of each tensor at least.
+        floor: what each tensor keeps at least, as a fraction of the share that all keep.
         name: what to call a tensor in an error.
 
     Raises:
@@ -117,12 +118,13 @@ def choose(
                 f"dimension 1 of none of the tensors can be divided by {sparsity[1]}: sparsify by a share instead"
             )
     else:
-        ranked = []
-        for score in scores.values():
-            least = max(1, int(floor * (1.0 - sparsity) * score.numel())) if floor > 0 else 0
-            first = keep_largest([score], least)[0] & (score > -math.inf)
-            ranked.append(score.masked_fill(first, math.inf))
+        ranked = list(scores.values())
         count = round((1.0 - sparsity) * sum(score.numel() for score in ranked))
+        if floor > 0:
+            least = _at_least([score.numel() for score in ranked], floor * (1.0 - sparsity), count)
+            for i, number in enumerate(least):
+                first = keep_largest([ranked[i]], number)[0] & (ranked[i] > -math.inf)
+                ranked[i] = ranked[i].masked_fill(first, math.inf)
         masks = dict(zip(scores, keep_largest(ranked, count), strict=True))
     for p, mask in masks.items():
         revived = mask & (scores[p] == -math.inf)
@@ -133,11 +135,27 @@ def choose(
             )
         mask &= ~revived
         if not mask.any():
+            remedy = "" if floor > 0 else "set a floor such as floor=0.1, "
             raise ValueError(
-                f"sparsity={sparsity} would leave nothing of {name(p)}, and the network dead: lower it, set a floor "
-                "such as floor=0.1, or leave the tensor out of params"
+                f"sparsity={sparsity} would leave nothing of {name(p)}, and the network dead: lower it, {remedy}or "
+                "leave the tensor out of params"
             )
     return masks
+
+
+def _at_least(sizes: Sequence[int], share: float, count: int) -> list[int]:
+    """How many elements of each tensor a share of them is: one at least, and no more than ``count`` together.
+
+    Raises:
+        ValueError: there are more tensors than that.
+    """
+    if len(sizes) > count:
+        raise ValueError(f"{len(sizes)} tensors cannot keep a weight each where {count} are left: lower the sparsity")
+    ends = [int(share * size + 1e-6) for size in itertools.accumulate(sizes)]  # what is rounded does not add up
+    least = [max(1, end - start) for start, end in itertools.pairwise([0, *ends])]
+    while sum(least) > count:
+        least[least.index(max(least))] -= 1
+    return least
 
 
 def scores_of(

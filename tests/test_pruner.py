@@ -98,7 +98,7 @@ def slow(*values):
 
 @pytest.fixture(autouse=True, scope="module")
 def _each_network_is_traced_once():
-    """Most tests are about what follows: they get copies of the graph of :func:`network`, which its weights do not enter."""
+    """Most tests are about what follows. They get copies of the graph of :func:`network`; weights do not enter it."""
     graphs, trace = {}, pruner_module.trace
 
     def traced(model, example_inputs, *, ignore=()):

@@ -1082,6 +1082,19 @@ def test_a_buffer_that_the_first_forward_pass_makes_is_named_with_the_remedy() -
     assert trace(model, tokens()).groups["a"].size == 6
 
 
+@pytest.mark.parametrize("in_training", [False, True])
+def test_code_that_knows_that_it_is_exported_is_rehearsed_by_itself_as_well(in_training: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        is_run = not torch.compiler.is_compiling() and m.training >= in_training
+        if is_run and h.shape[-1] != 6:
+            raise ValueError("the width must be 6")
+        return m.b(h)
+
+    graph = trace(Run(forward, a=nn.Linear(12, 6), b=nn.Linear(6, 2)).double(), tokens())
+    assert "the width must be 6" in graph.frozen["a"]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_scripted_module_is_refused_and_the_model_left_as_it_was() -> None:
     model, inputs = (
@@ -1130,6 +1143,11 @@ def positions(length: int) -> Tensor:
     return torch.linspace(0, 1, length)
 
 
+@functools.lru_cache
+def tables_of(name: str) -> dict[int, Tensor]:
+    return {}
+
+
 TABLES: dict[int, Tensor] = {}
 
 
@@ -1158,14 +1176,30 @@ class Caching(nn.Module):
                 keeper.table = torch.linspace(0, 1, length)
             table = keeper.table
         else:
-            tables = {"file": TABLES, "ordered": self.ordered, "nested": self.nested["a"][0]}[self.where]
+            tables = {
+                "file": TABLES,
+                "ordered": self.ordered,
+                "nested": self.nested["a"][0],
+                "function's dict": tables_of("positions"),
+            }[self.where]
             if length not in tables:
                 tables[length] = torch.linspace(0, 1, length)
             table = tables[length]
         return self.b(F.relu(self.a(x + table[:, None])))
 
 
-@pytest.mark.parametrize("where", ["function", "module", "class", "object", "file", "ordered", "nested"])
+def test_a_dict_that_a_function_keeps_is_looked_into_when_it_is_only_asked_for() -> None:
+    model = Caching("function's dict")
+    model(torch.randn(2, 4, 12))
+    for length in (4, 5):
+        trace(model, (torch.randn(2, length, 12),))
+    assert type(model(torch.randn(2, 5, 12))) is Tensor
+    tables_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "where", ["function", "module", "class", "object", "file", "ordered", "nested", "function's dict"]
+)
 def test_no_cache_keeps_tensors_without_data(where: str) -> None:
     model, inputs = Caching(where), (torch.randn(2, 5, 12),)
     graph = trace(model, inputs)
@@ -1177,6 +1211,7 @@ def test_no_cache_keeps_tensors_without_data(where: str) -> None:
     assert difference(before, [output.detach()]) < 1e-6
     Caching.table = None
     TABLES.clear()
+    tables_of.cache_clear()
 
 
 def test_numbers_that_code_takes_out_of_tensors() -> None:

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from impact_optim import ActivationPruner, Impact, ImpactAdamW, ImpactSGD, erdos_renyi, load_pruned, save_pruned
-from impact_optim.sparsity import keep_largest, keep_pattern, parse_pattern
+from impact_optim.sparsity import choose, keep_largest, keep_pattern, parse_pattern
 
 OPTIONS = {"drop_rate": 0.3, "importance_lr": 0.05, "kl_weight": 0.3}
 STEPPED_BY_THE_BASE = {None: {}, ImpactSGD: {"fused": False}, ImpactAdamW: {"fused": False}}  # and not by a kernel
@@ -128,14 +128,16 @@ def test_the_number_of_zeros_is_what_was_asked_and_the_best_are_left(face, by, f
         assert torch.equal(p, old * mask)  # rescale="inverse": the others as they were
     numels = [mask.numel() for mask in masks]
     assert sum(int(mask.sum()) for mask in masks) == round((1 - sparsity) * sum(numels))
-    least = [int(floor * (1 - sparsity) * numel) for numel in numels]
+    least = [floor * (1 - sparsity) * numel - 1 for numel in numels]  # what is rounded is shared out
     kept = [int(mask.sum()) for mask in masks]
+    if floor == 1.0:
+        assert all(abs(k - (1 - sparsity) * numel) <= 1 for k, numel in zip(kept, numels, strict=True))
     for s, mask, number, at_least in zip(scores, masks, kept, least, strict=True):
         assert number >= at_least
         assert s[mask].min() >= s[~mask].max()
     for above, s in enumerate(scores):  # who keeps more than the floor keeps nothing that others would rather have
         for below, other in enumerate(scores):
-            if kept[above] > least[above]:
+            if kept[above] > least[above] + 2:
                 assert s[masks[above]].min() >= other[~masks[below]].max()
     assert report.sparsity == pytest.approx(sparsity, abs=0.01)
     assert optimizer.param_groups[0]["drop_rate"] == 0.0
@@ -144,6 +146,47 @@ def test_the_number_of_zeros_is_what_was_asked_and_the_best_are_left(face, by, f
         assert tensor.kept == tensor.mask.sum()
         assert tensor.name in str(report)
     assert "total" in str(report)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=8),
+    sparsity=st.floats(0, 0.95),
+    floor=st.floats(1e-3, 1),
+    scale=st.integers(-3, 3),
+)
+def test_no_tensor_keeps_less_than_its_floor_and_all_together_what_was_asked(sizes, sparsity, floor, scale):
+    scores = {torch.empty(0): torch.rand(size) * 10.0 ** (scale * i) for i, size in enumerate(sizes)}
+    count = round((1 - sparsity) * sum(sizes))
+    if len(sizes) > count:
+        with pytest.raises(ValueError, match="cannot keep a weight each"):
+            choose(scores, sparsity, floor, lambda p: "one")
+        return
+    kept = [int(mask.sum()) for mask in choose(scores, sparsity, floor, lambda p: "one").values()]
+    assert sum(kept) == count
+    share = floor * (1 - sparsity)
+    tiny = sum(share * size < 1 for size in sizes)  # they keep one, which others do without
+    for number, size in zip(kept, sizes, strict=True):
+        assert number >= max(1, share * size - 1 - tiny - 1e-6)
+
+
+def test_a_floor_saves_the_layer_that_would_be_lost():
+    model = two_layers()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)
+    optimizer = ImpactSGD(model, lr=0.1)
+    with pytest.raises(ValueError, match=r"nothing of 2\.weight, .* set a floor such as floor=0\.1"):
+        optimizer.sparsify(0.9, by="magnitude")
+    report = optimizer.sparsify(0.9, by="magnitude", floor=0.1)
+    assert [tensor.kept for tensor in report.tensors] == [49, 2]
+    assert report.sparsity == pytest.approx(0.9, abs=1e-2)
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+def test_with_the_whole_floor_all_keep_the_same_share(size):
+    scores = {torch.empty(0): torch.rand(size) * 10.0**i for i in range(20)}
+    masks = choose(scores, 0.9, 1.0, lambda p: "one")
+    assert [int(mask.sum()) for mask in masks.values()] == [size // 10] * 20
 
 
 @with_muon
@@ -779,7 +822,7 @@ def test_masks_that_would_empty_a_row_of_a_weight_with_a_norm_are_refused(kind):
         ({"sparsity": 0.5, "by": None}, "Invalid by: None; choose from"),
         ({"sparsity": 0.5, "floor": 1.5}, r"Invalid floor: 1\.5; it must lie in \[0, 1\]"),
         ({"sparsity": 0.999}, r"would leave nothing of (0|2)\.weight"),
-        ({"sparsity": 0.998, "floor": 1.0}, r"would leave nothing of 2\.weight"),
+        ({"sparsity": 0.998, "floor": 1.0}, "2 tensors cannot keep a weight each where 1 are left"),
         ({"sparsity": "1:5"}, "none of the tensors can be divided by 5"),
         ({"sparsity": 0.5, "params": "bias"}, r"0\.bias is never masked"),
         ({"sparsity": 0.5, "params": []}, "nothing to make sparse"),

@@ -150,13 +150,13 @@ TRIED = {
     "er-kl1": "the same, λ = 1",
     "final": "as it is now: λ = 0.5, the floor a tenth of what is left at most",
 }
+"""What was tried to make ours better, by its name in tried.jsonl."""
 TRIED_ON_GPT = {
     "compete": "one simplex, λ = 0.3, each layer keeps a tenth of the common share at least",
     "compete-lr.02": "the same, learning rate 0.02",
     "compete-floor.3": "three tenths at least",
     "compete-kl.5": "λ = 0.5",
 }
-"""What was tried to make ours better, by its name in tried.jsonl."""
 
 
 def tried(names: dict[str, str], *tasks: Task) -> str:

@@ -118,7 +118,9 @@ class Budget:
 
 
 def nearest_zero(function: Callable[[int], float], first: float, beyond: float, last: int) -> int:
-    """Where a falling function of the numbers 0 to ``last`` is nearest to zero, by the Illinois form of false position.
+    """Where a falling function of the numbers 0 to ``last`` is nearest to zero.
+
+    By the Illinois form of false position, and every third time in the middle, which bounds the number of tries.
 
     Args:
         function: asked at most once for a number, and not for 0.
@@ -128,7 +130,8 @@ def nearest_zero(function: Callable[[int], float], first: float, beyond: float, 
     low, high, values = 0, last + 1, {0: first}
     above, below, side = first, beyond, 0
     while high - low > 1:
-        i = min(max(low + round((high - low) * above / (above - below)), low + 1), high - 1)
+        share = above / (above - below) if len(values) % 3 else 0.5
+        i = min(max(low + round((high - low) * share), low + 1), high - 1)
         values[i] = value = function(i)
         if value == 0:
             return i

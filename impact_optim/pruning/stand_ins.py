@@ -161,25 +161,25 @@ class _Caches:
     """
 
     def __init__(self) -> None:
-        self._misses: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        """Of each cache, how often something new had come into it when it was looked into."""
+        self._asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        """Of each cache, how often it had been asked when it was looked into."""
         self._imported = 0
 
     def find(self) -> None:
         self._imported = len(sys.modules)
         for found in gc.get_objects():
             if type(found) is functools._lru_cache_wrapper:
-                self._misses.setdefault(found, -1)
+                self._asked.setdefault(found, -1)
 
     def forget_fakes(self) -> None:
         """Empties those that hold tensors without data."""
         if len(sys.modules) != self._imported:
             self.find()
-        for cached, misses in list(self._misses.items()):
-            if cached.cache_info().misses != misses:
+        for cached, asked in list(self._asked.items()):
+            if sum(cached.cache_info()[:2]) != asked:  # hits as well: what they return may be a container
                 if _holds_fakes(gc.get_referents(cached), 3):
                     cached.cache_clear()
-                self._misses[cached] = cached.cache_info().misses
+                self._asked[cached] = sum(cached.cache_info()[:2])
 
 
 caches = _Caches()

@@ -211,6 +211,9 @@ class Fault(NamedTuple):
 
 def fault(model: nn.Module, graph: UnitGraph, plan: Plan) -> Fault | None:
     """Why a model would not do what it did with units of a plan removed, if so."""
+    # By itself too: code may ask whether it is being exported.
+    if (error := graph.rehearsal.failure(model, plan)) is not None:
+        return _failed(model, error)
     atoms = Atoms(fixed=graph.total)
     # The last unit of a group is everywhere or nowhere: nothing tells it from what is not cut.
     single = [group.labels for name, group in graph.groups.items() if len(plan.left.get(name, group.original)) == 1]
@@ -229,7 +232,7 @@ def fault(model: nn.Module, graph: UnitGraph, plan: Plan) -> Fault | None:
             try:
                 program = graph.rehearsal.export(model, plan, training)
             except RuntimeError as untraceable:
-                return _failed(model, graph.rehearsal.failure(model, plan) or untraceable)
+                return _failed(model, untraceable)
             run.run(program)
         transcript.end()
     except Mismatch as mismatch:
