@@ -9,7 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from runner import Arm, Plan, Question, Task
 
-CNN = Task("fashion5k-cnn", "fashion-mnist", "cnn", 20, 100, width=32, subset=5000, evaluate_every=20)
+CNN = Task("fashion5k-cnn", "fashion-mnist", "cnn", 20, 100, width=16, subset=5000, evaluate_every=20)
 # For a GPU: an hour on two cores for each run.
 RESNET = Task("fashion-resnet18", "fashion-mnist", "resnet18", 20, 256, width=16, evaluate_every=20, weight_decay=5e-4)
 TASKS = [CNN, RESNET]
