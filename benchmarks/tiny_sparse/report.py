@@ -195,11 +195,9 @@ def draw() -> None:
     tasks = [task for task in TASKS if values(task, dense(task))]
     drawn = {arm.name for task in tasks for arm in methods(task, TUNED_AT)}
     names = [name for name in METHODS if name in drawn]
-    parts = [name for name in names if "our " in name]  # of ours, one by one
-    colors = {
-        **arm_colors([name for name in names if name not in parts]),
-        **dict(zip(parts, ("0.4", "0.7"), strict=True)),
-    }
+    parts = [name for name in names if "our" in name and name != "ours"]  # of ours, one by one
+    colors = dict(zip([*parts, "gradual magnitude, of each layer"], ("0.4", "0.7", "0.55", "saddlebrown"), strict=True))
+    colors = {**arm_colors([name for name in names if name not in colors]), **colors}
     figure = Figure(figsize=(3.4 * len(tasks) + 1.8, 3.4), layout="constrained")
     for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         levels = SPARSITIES[task.name]
