@@ -56,7 +56,6 @@ QUESTIONS = [
         "apart",  # criterion and split
         [
             cut(0.5, criterion="rademacher", split="uniform"),
-            cut(0.5, criterion="rademacher", split="global"),
             cut(0.5, criterion="l1", split="rademacher"),
             cut(0.5, criterion="entropy", split="uniform"),
             cut(0.5, criterion="random"),

@@ -17,7 +17,7 @@ from .report import ModelSize, model_size, parameter_counts
 from .statistics import UnitStatistics, complexity_lost
 
 TARGETS = ("macs", "params", "units")
-SPLITS = ("uniform", "global", "rademacher")
+SPLITS = ("uniform", "rademacher")
 _SHORTFALL = 0.01  # of what there was, from which on a report speaks of it
 _TOLERANCE = 0.002  # of the MACs or parameters of the whole network, with which a search ends
 
@@ -190,21 +190,18 @@ def removal_order(
     r"""The order in which the units of all groups go, so that a larger budget removes the same units and more.
 
     Within a group units go in the order of their scores, equal ones in the order of their positions, in steps from one
-    of its stops to the next. All steps of all groups stand in one line by a key. The key is
+    of its stops to the next. All steps of all groups stand in one line, by what has gone by the middle of the step:
 
-    - ``"uniform"``: the share of the group's units that has gone by the middle of the step;
-    - ``"global"``: the mean score of the step's units, over the root mean square of the group's scores. Without that
-      the layers with the smallest scores would vanish: scores come with the scale of their layer (its fan-in, its
-      activations). After Molchanov et al., Pruning convolutional neural networks for resource efficient inference,
-      ICLR 2017, but with the mean square instead of the sum, which would put a tax on wide layers;
-    - ``"rademacher"``: the share of the group's Rademacher complexity that has gone by the middle of the step
-      (:func:`complexity_lost`). All layers give the same share of what linear functions of them can do: many units
-      where a few carry most of it, few where all count.
+    - ``"uniform"``: which share of the group's units;
+    - ``"rademacher"``: which share of the group's Rademacher complexity (:func:`complexity_lost`). All layers give the
+      same share of what linear functions of them can do: many units where a few carry most of it, few where all count.
+
+    Scores of different groups are not compared: they come with the scale of their layer (its fan-in, its activations).
 
     Args:
         scores: by group, [units].
         stops: by group, how many of its units may go, ascending from 0.
-        split: one of the three.
+        split: one of the two.
         statistics: by group, for ``"rademacher"``.
 
     Raises:
@@ -216,24 +213,16 @@ def removal_order(
         if not score.isfinite().all():
             raise ValueError(f"{int((~score.isfinite()).sum())} scores of {name!r} are not finite")
         orders[name] = order = score.argsort(stable=True)
-        height = _height(split, name, score[order], order, statistics or {})
-        key = -math.inf
-        for a, b in itertools.pairwise(stops[name]):
-            key = max(key, ((height[b] - height[a]) / (b - a) if split == "global" else height[a] + height[b]).item())
-            steps.append((key, name, b))
+        gone = _gone(split, name, order, statistics or {}).cummax(0).values  # rounding may let it fall
+        steps += [((gone[a] + gone[b]).item(), name, b) for a, b in itertools.pairwise(stops[name])]
     steps.sort(key=lambda step: step[0])  # stable: the steps of a group stay in order
     return RemovalOrder(orders, [(name, gone) for _, name, gone in steps])
 
 
-def _height(
-    split: str, name: str, score: Tensor, order: Tensor, statistics: Mapping[str, Sequence[UnitStatistics]]
-) -> Tensor:
-    """What has been given once the first j units in the order have gone, [units + 1]."""
+def _gone(split: str, name: str, order: Tensor, statistics: Mapping[str, Sequence[UnitStatistics]]) -> Tensor:
+    """Which share of a group is gone once the first j units in the order are, [units + 1]."""
     if split == "uniform":
-        return torch.arange(len(score) + 1, dtype=torch.float64) / len(score)
-    if split == "global":
-        scale = score.square().mean().sqrt().item() or 1.0
-        return nn.functional.pad((score / scale).cumsum(0), (1, 0))
+        return torch.arange(len(order) + 1, dtype=torch.float64) / len(order)
     places = statistics.get(name, ())
     if not any(place.seen.any() for place in places):
         raise ValueError(f'the split "rademacher" needs statistics of {name!r}, and there are none')

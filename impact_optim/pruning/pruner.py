@@ -55,7 +55,7 @@ class ActivationPruner:
             Lookahead, stands for that as well, and an :class:`~impact_optim.Impact` for those that it is around.
         averaged: averaged copies of the model, one or several.
         target: what the fractions are of, all there was at first of ``"macs"``, ``"params"`` or ``"units"``.
-        split: how the budget is spread over layers, ``"uniform"``, ``"global"`` or ``"rademacher"``; by default
+        split: how the budget is spread over layers, ``"uniform"`` or ``"rademacher"``; by default
             ``"rademacher"`` with the criteria of activations, else ``"uniform"``.
         round_to: layers keep a multiple of so many channels where they are wide enough; 8 suits most GPUs.
         max_ratio: the largest share of its units that a layer may lose, in [0, 1].
