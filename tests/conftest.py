@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -6,6 +7,8 @@ if not Path("/dev/nvidia0").exists():
 
 import pytest
 import torch
+
+gc.set_threshold(100_000, 50, 100)  # to look for cycles among a million objects took a tenth of the time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,8 @@
 """What tests share: the faces of the engine, a loop, a comparison to the last bit, the modules of a benchmark."""
 
+import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from impact_optim import Impact, ImpactAdamW, ImpactSGD
 from impact_optim.options import OPTIONS
+from impact_optim.pruning import UnitGraph, pruner
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,21 @@ def benchmark(name: str) -> Iterator[None]:
         sys.modules.pop(module, None)
     sys.modules.update(others)
     torch.set_flush_denormal(False)  # a run sets it, for its process
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Pruners get copies of one graph for all models of one form: tracing takes most of a short test's time."""
+    graphs, trace = {}, pruner.trace
+
+    def traced(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] = ()) -> UnitGraph:
+        names = {module: name for name, module in model.named_modules()}
+        ignored = tuple(names[module] for module in ignore)
+        key = (repr(model), repr([p.shape for p in model.parameters()]), repr(example_inputs), ignored)
+        if key not in graphs:
+            graphs[key] = trace(model, example_inputs, ignore=[model.get_submodule(name) for name in ignored])
+        return copy.deepcopy(graphs[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruner, "trace", traced)
+        yield

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import traced_once
 
 import impact_optim
 
@@ -26,8 +27,9 @@ def code_of(page):
 def test_code_of_the_page_runs(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for block in code_of(page):
-        exec(compile(block, page, "exec"), namespace)
+    with traced_once():
+        for block in code_of(page):
+            exec(compile(block, page, "exec"), namespace)
     for picture in tmp_path.glob("tutorial_*.png"):  # the page shows what it draws
         assert f"../images/{picture.name})" in TEXTS[page]
         assert (DOCS / "images" / picture.name).exists()

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from impact_optim import ImpactAdamW, ImpactSGD, erdos_renyi
-from impact_optim.experiments import cli, training
+from impact_optim.experiments import cli, sparse, training
 from impact_optim.experiments import data as data_module
 from impact_optim.experiments.arms import ARMS, DEFAULT_ARMS, arm_options, build_optimizer
 from impact_optim.experiments.data import (
@@ -1193,7 +1193,8 @@ def test_the_whole_program_makes_sparse(tmp_path, capsys):
     assert (tmp_path / "sparsity.png").exists()
 
 
-def test_a_layer_that_would_be_lost_is_named_and_the_other_arms_are_reported(tmp_path, capsys):
+def test_a_layer_that_would_be_lost_is_named_and_the_other_arms_are_reported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sparse, "FLOOR", 0.0)
     # Initialised by its many inputs, the first layer has the smallest weights.
     command = [*SMALL, "--final-sparsity", "0.9", "--out", str(tmp_path)]
     assert cli.main([*command, "--seeds", "1", "--arms", "gradual-magnitude"]) == 2

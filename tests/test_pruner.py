@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import traced_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pruning_repair import Both
@@ -98,19 +99,7 @@ def slow(*values):
 
 @pytest.fixture(autouse=True, scope="module")
 def _each_network_is_traced_once():
-    """Most tests are about what follows. They get copies of the graph of :func:`network`; weights do not enter it."""
-    graphs, trace = {}, pruner_module.trace
-
-    def traced(model, example_inputs, *, ignore=()):
-        names = {module: name for name, module in model.named_modules()}
-        ignored = tuple(names[module] for module in ignore)
-        key = (repr(model), repr([p.shape for p in model.parameters()]), repr(example_inputs), ignored)
-        if key not in graphs:
-            graphs[key] = trace(model, example_inputs, ignore=ignore)
-        return copy.deepcopy(graphs[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruner_module, "trace", traced)
+    with traced_once():
         yield
 
 

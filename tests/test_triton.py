@@ -21,7 +21,7 @@ def kernels_for_gpus(monkeypatch):
     monkeypatch.setattr(fused, "kernels_for", lambda members, is_wanted=False: gpu if fused.fits(members) else None)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
     base=bases,
     options=options,
