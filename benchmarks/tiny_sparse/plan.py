@@ -11,8 +11,8 @@ from runner import Arm, Plan, Question, Task
 
 from impact_optim.experiments.arms import RAMPED
 
-FIVE, THREE = tuple(range(100, 105)), tuple(range(100, 103))
-MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=FIVE)
+TEN, FIVE, THREE = tuple(range(100, 110)), tuple(range(100, 105)), tuple(range(100, 103))
+MLP = Task("mnist1d-mlp", "mnist1d", "mlp", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=TEN)
 CNN = Task("mnist1d-cnn", "mnist1d", "cnn", epochs=40, batch=100, tuning_seeds=(0,), test_seeds=FIVE)
 LENET = Task(
     "fashion-lenet", "fashion-mnist", "lenet-300-100", epochs=8, batch=100, tuning_seeds=(0,), test_seeds=THREE
