@@ -34,7 +34,7 @@ GPT = Task(
 )
 TASKS = [MLP, CNN, LENET, GPT]
 FOUR, THREE_LEVELS = (0.8, 0.9, 0.95, 0.98), (0.9, 0.95, 0.98)
-SPARSITIES = {MLP.name: FOUR, CNN.name: FOUR, LENET.name: THREE_LEVELS, GPT.name: THREE_LEVELS}
+SPARSITIES = {MLP.name: FOUR, CNN.name: FOUR, LENET.name: FOUR, GPT.name: THREE_LEVELS}
 TUNED_AT = 0.9
 
 # Every method has four points to be tuned at: four learning rates, or two and two values of an option.
