@@ -151,7 +151,8 @@ def _at_least(sizes: Sequence[int], share: float, count: int) -> list[int]:
     """
     if len(sizes) > count:
         raise ValueError(f"{len(sizes)} tensors cannot keep a weight each where {count} are left: lower the sparsity")
-    ends = [int(share * size + 1e-6) for size in itertools.accumulate(sizes)]  # what is rounded does not add up
+    # Of sums, so that what is rounded does not add up; a tenth of 100 is to be 10, not 9.999.
+    ends = [int(share * size + 1e-6) for size in itertools.accumulate(sizes)]
     least = [max(1, end - start) for start, end in itertools.pairwise([0, *ends])]
     while sum(least) > count:
         least[least.index(max(least))] -= 1

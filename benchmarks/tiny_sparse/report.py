@@ -183,6 +183,15 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+FIXED_COLORS = {
+    "gradual magnitude, our densities": "0.4",
+    "our ramp, by magnitude": "0.7",
+    "ours, densities by size": "0.55",
+    "gradual magnitude, of each layer": "saddlebrown",
+}
+"""Of variants, which are dotted: the palette is for the methods."""
+
+
 def draw() -> None:
     """Accuracy or bits against sparsity, a panel for each task."""
     import matplotlib
@@ -195,9 +204,7 @@ def draw() -> None:
     tasks = [task for task in TASKS if values(task, dense(task))]
     drawn = {arm.name for task in tasks for arm in methods(task, TUNED_AT)}
     names = [name for name in METHODS if name in drawn]
-    parts = [name for name in names if "our" in name and name != "ours"]  # of ours, one by one
-    colors = dict(zip([*parts, "gradual magnitude, of each layer"], ("0.4", "0.7", "0.55", "saddlebrown"), strict=True))
-    colors = {**arm_colors([name for name in names if name not in colors]), **colors}
+    colors = {**arm_colors([name for name in names if name not in FIXED_COLORS]), **FIXED_COLORS}
     figure = Figure(figsize=(3.4 * len(tasks) + 1.8, 3.4), layout="constrained")
     for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         levels = SPARSITIES[task.name]
@@ -210,7 +217,7 @@ def draw() -> None:
                 yerr=[stdev(v) for _, v in found],
                 label=arm.name,
                 color=colors[arm.name],
-                linestyle="-" if arm.name == "ours" else ":" if arm.name in parts else "--",
+                linestyle="-" if arm.name == "ours" else ":" if arm.name in FIXED_COLORS else "--",
                 linewidth=2.5 if arm.name == "ours" else 1.2,
                 marker="o",
                 markersize=4,

@@ -98,8 +98,8 @@ class Budget:
 
         def excess(steps: int) -> float:
             plans[steps] = self.graph.plan(order.first(steps))
-            excess = count(self.model, plans[steps])[""] - wanted
-            return excess if abs(excess) > _TOLERANCE * self._original else 0.0
+            over = count(self.model, plans[steps])[""] - wanted
+            return over if abs(over) > _TOLERANCE * self._original else 0.0
 
         return plans[nearest_zero(excess, self._measured(self.size) - wanted, -wanted, len(order.steps))]
 
