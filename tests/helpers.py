@@ -126,6 +126,11 @@ def run(model: nn.Module, optimizer: Optimizer, steps: range, closure: bool = Fa
         train(optimizer, lambda x=x: (model(x) - x[:, :4]).square().mean(), 1, closure)
 
 
+def slow(*values: Any) -> Any:
+    """A case of a parametrized test that only ``--slow`` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @contextmanager
 def benchmark(name: str) -> Iterator[None]:
     """Where ``plan`` and ``report`` are those of a folder of benchmarks, all of which have their own."""

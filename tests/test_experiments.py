@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -498,10 +499,6 @@ def run(arm, digits, folder, recipe=None, overrides=(), **callbacks):
     finally:
         results.close()
     return results
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def numbers(results):
@@ -1213,7 +1210,7 @@ def test_schedules_are_read():
 
 @pytest.mark.parametrize(
     "model",
-    ["cnn", *(pytest.param(model, marks=pytest.mark.slow) for model in ("mlp", "resnet18", "vit"))],
+    ["cnn", slow("mlp"), slow("resnet18"), slow("vit")],
 )
 def test_every_model_can_be_cut(model, tmp_path, capsys):
     width = {"resnet18": "4", "vit": "32"}.get(model, "16")

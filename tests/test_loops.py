@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FACES, Face, assert_same, clones, every_face
+from helpers import FACES, Face, assert_same, clones, every_face, slow
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
@@ -1259,9 +1259,7 @@ def test_compiled_by_inductor(way):
     check_compiled(way, mlp, [(x,) for x, _ in batches(4)], "inductor")
 
 
-@pytest.mark.parametrize(
-    "way", [way if way == "wrapper" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS.args[1]]
-)
+@pytest.mark.parametrize("way", [way if way == "wrapper" else slow(way) for way in WAYS.args[1]])
 def test_compiled_model_under_a_drop_rate_that_decays_to_zero(way, counter):
     model = mlp()
     eager = copy.deepcopy(model)

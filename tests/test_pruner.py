@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import traced_once
+from helpers import slow, traced_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pruning_repair import Both
@@ -91,10 +91,6 @@ def engine_of(optimizer):
 
 def itself(optimizer):
     return optimizer
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import slow
 from torch import nn
 
 from impact_optim.pruning import open_heads, trace
@@ -238,7 +239,7 @@ def mobile():
     return mobilenet_v3_small(num_classes=5)
 
 
-@pytest.fixture(params=[transformer, residual, pytest.param(mobile, marks=pytest.mark.slow)], scope="module")
+@pytest.fixture(params=[transformer, residual, slow(mobile)], scope="module")
 def cut_network(request):
     """How it is built, cut by a third at random, and an input."""
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import slow
 from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 
@@ -813,7 +814,7 @@ def windowed(second: bool) -> nn.Module:
     return randomised(swin.SwinTransformer(**sizes, num_classes=2, block=block, downsample_layer=merging))
 
 
-@pytest.mark.parametrize("second", [pytest.param(False, marks=pytest.mark.slow), True], ids=["Swin", "Swin V2"])
+@pytest.mark.parametrize("second", [slow(False), True], ids=["Swin", "Swin V2"])
 def test_heads_of_open_windows_are_cut(second: bool, tmp_path: Path) -> None:
     model = windowed(second)
     opened = open_heads(copy.deepcopy(model))

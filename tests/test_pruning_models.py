@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import slow
 from masked_networks import deafened, difference, draw, randomised, run
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -177,9 +178,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NAMES])
 def test_cut_equals_masked(name: str, tally: list[str]) -> None:
     gc.collect()
     model, inputs = build(name)

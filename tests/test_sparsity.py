@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FACES, MUON, Face, assert_same, clones, every_face, run, train, two_layers
+from helpers import FACES, MUON, Face, assert_same, clones, every_face, run, slow, train, two_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -1031,7 +1031,7 @@ def test_interrupted_inside_a_function_it_has_changed_nothing(face, owner, name)
     assert count >= 1
 
 
-@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [29, slow(1)])
 @every_face
 def test_interrupted_at_any_line_it_has_changed_nothing_or_all(face, stride):
     model, engine, optimizer = prepared(face)
