@@ -9,7 +9,7 @@ QUICK := test_simplex test_masking test_drop_rate test_sampling test_reference t
 .PHONY: demo test test-quick test-slow lint docs figures clean
 
 # Learning rates are those that the study (benchmarks/study) found for these digits on a validation split.
-demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones: 3 seeds, under 3 minutes; runs/demo*
+demo: $(VENV)/ready  ## the study's arms, networks cut in training, sparse ones: 3 seeds, about 3 minutes; runs/demo*
 	$(BIN)/python -m impact_optim --data digits --seeds 3 --batch 100 --drop-rate 0.3 --threads 1 --out runs/demo \
 		--arms baseline dropconnect impacts impacts+regularization saliency \
 		--lr 0.1 --set baseline.lr=0.05
