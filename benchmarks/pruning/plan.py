@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from runner import Arm, Plan, Question, Task
 
 CNN = Task("fashion5k-cnn", "fashion-mnist", "cnn", 20, 100, width=16, subset=5000, evaluate_every=20)
+NARROW_RESNET = replace(CNN, name="fashion5k-resnet18", model="resnet18", width=8, weight_decay=5e-4)
 # For a GPU: an hour on two cores for each run.
 RESNET = Task("fashion-resnet18", "fashion-mnist", "resnet18", 20, 256, width=16, evaluate_every=20, weight_decay=5e-4)
-TASKS = [CNN, RESNET]
+TASKS = [CNN, NARROW_RESNET, RESNET]
 BY = 14  # cuts follow the epochs 3 to 14
 
 UNCUT = Arm("uncut", "baseline", lrs=(0.02, 0.05, 0.1, 0.2, 0.4))
@@ -43,10 +45,10 @@ def named(remove: float, target: str) -> str:
     return f"{target}-{remove:g}"
 
 
-BOTH = (CNN.name, RESNET.name)
+BOTH, ALL = (CNN.name, RESNET.name), (CNN.name, NARROW_RESNET.name, RESNET.name)
 QUESTIONS = [
-    Question("uncut", [UNCUT], BOTH),
-    Question(named(0.5, "macs"), [cut(0.5), *peers(0.5), cut(0.5, criterion="l1")], BOTH),
+    Question("uncut", [UNCUT], ALL),
+    Question(named(0.5, "macs"), [cut(0.5), *peers(0.5), cut(0.5, criterion="l1")], ALL),
     *(
         Question(named(remove, target), [cut(remove, target), *peers(remove, target)], BOTH)
         for remove, target in ((0.7, "macs"), (0.3, "macs"), (0.5, "params"))

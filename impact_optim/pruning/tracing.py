@@ -64,15 +64,15 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module] 
             atoms.freeze(labels, "its module is ignored")
     run.settle()
     graph, counts = _build(model, run, rehearsal)
-    first, last = _sample(graph, 0), _sample(graph, -1)
+    sample = _sample(graph)
 
     def works(sizes: dict[SizeKey, Tensor], names: list[str]) -> bool:
         graph.sizes = sizes
-        return fault(model, graph, graph.plan({name: first[name] for name in names})) is None
+        return fault(model, graph, graph.plan({name: sample[name] for name in names})) is None
 
     known = {(size.module, size.attribute) for size in run.sizes if size.known}
     graph.sizes = settled_sizes(counts, known, graph.owners, works)
-    _rehearse(model, graph, [first, last])
+    _rehearse(model, graph, sample)
     return graph
 
 
@@ -246,31 +246,29 @@ def _failed(model: nn.Module, error: Exception) -> Fault:
     return Fault(reason, torch.empty(0, dtype=torch.int64), error)
 
 
-def _sample(graph: UnitGraph, end: int) -> dict[str, Tensor]:
-    """Units to rehearse with: the first or the last one and others, a different number in each group."""
-    generator = torch.Generator().manual_seed(end % 2)
+def _sample(graph: UnitGraph) -> dict[str, Tensor]:
+    """Units to rehearse with: the first, the last and others, a different number in each group."""
+    generator = torch.Generator().manual_seed(0)
     units = {}
     for position, (name, group) in enumerate(graph.groups.items()):
-        others = torch.randperm(group.size, generator=generator)
-        outer = torch.arange(group.size)[end]
-        others = others[others != outer][: (7 * position) % max(1, (group.size - 1) // 2)]
-        units[name] = torch.cat([outer.reshape(1), others])
+        ends = torch.tensor([0, group.size - 1] if group.size > 2 else [1])
+        inner = 1 + torch.randperm(max(0, group.size - 2), generator=generator)
+        units[name] = torch.cat([ends, inner[: (7 * position) % max(1, (group.size - 1) // 2)]])
     return units
 
 
-def _rehearse(model: nn.Module, graph: UnitGraph, samples: Iterable[Mapping[str, Tensor]]) -> None:
+def _rehearse(model: nn.Module, graph: UnitGraph, sample: Mapping[str, Tensor]) -> None:
     """Freezes the groups that the model's code cannot follow."""
-    for chosen in samples:
-        while graph.groups:
-            found = fault(model, graph, graph.plan({name: chosen[name] for name in graph.groups}))
-            if found is None:
-                break
-            alone = {name: graph.plan({name: chosen[name]}) for name in graph.groups}
-            if found.error is not None:
-                errors = {name: graph.rehearsal.failure(model, plan) for name, plan in alone.items()}
-                guilty = {name: _failed(model, error).reason for name, error in errors.items() if error is not None}
-            else:
-                names = graph.owners(found.labels) or [n for n, plan in alone.items() if fault(model, graph, plan)]
-                guilty = dict.fromkeys(names, found.reason)
-            for name, reason in (guilty or dict.fromkeys(graph.groups, found.reason)).items():
-                graph.freeze(name, reason)
+    while graph.groups:
+        found = fault(model, graph, graph.plan({name: sample[name] for name in graph.groups}))
+        if found is None:
+            return
+        alone = {name: graph.plan({name: sample[name]}) for name in graph.groups}
+        if found.error is not None:
+            errors = {name: graph.rehearsal.failure(model, plan) for name, plan in alone.items()}
+            guilty = {name: _failed(model, error).reason for name, error in errors.items() if error is not None}
+        else:
+            names = graph.owners(found.labels) or [n for n, plan in alone.items() if fault(model, graph, plan)]
+            guilty = dict.fromkeys(names, found.reason)
+        for name, reason in (guilty or dict.fromkeys(graph.groups, found.reason)).items():
+            graph.freeze(name, reason)
