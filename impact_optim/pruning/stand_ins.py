@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import functools
 import gc
-import operator
 import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import compress, repeat
 from typing import Any
 
 import torch
@@ -169,10 +167,10 @@ class _Caches:
 
     def find(self) -> None:
         self._imported = len(sys.modules)
-        everything = gc.get_objects()  # a million objects: not one by one in Python
-        are_caches = map(operator.is_, map(type, everything), repeat(functools._lru_cache_wrapper))
-        for found in compress(everything, are_caches):
-            self._asked.setdefault(found, -1)
+        kind = functools._lru_cache_wrapper
+        for found in gc.get_referrers(kind):  # every object refers to its type
+            if type(found) is kind:
+                self._asked.setdefault(found, -1)
 
     def forget_fakes(self) -> None:
         """Empties those that hold tensors without data."""
