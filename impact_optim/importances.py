@@ -210,20 +210,22 @@ class Simplex:
         scale = torch.as_tensor(group["signal_scale"], dtype=torch.float32, device=home)
         # No signal is used before its scale is known: the first one only sets it.
         inverse = scale.reciprocal().masked_fill_(scale <= torch.finfo(torch.float32).tiny, 0.0)
-        sizes, counts = [], []
+        sizes, counts, held = [], [], []
         for device, start, stop, x, h in self._signals(signal, moving, grads, steps):
-            h = h.nan_to_num(0.0, 0.0, 0.0)
+            h, log_w = h.nan_to_num(0.0, 0.0, 0.0), flat[device][start:stop]
             if group["hold_zeros"]:
-                h.mul_(is_alive := x != 0)
-                counts.append(is_alive.sum())
+                h.masked_fill_(is_zero := x == 0, 0.0)
+                counts.append(is_zero.logical_not().sum())
+                held.append((log_w, is_zero))
             sizes.append(h.abs().sum())
             u = h.mul_(inverse.to(device)).clamp_(-CLIP, CLIP)
-            log_w = flat[device][start:stop]
             log_w.copy_(mirror_step(log_w, u, lr, kl_weight, normalizer.to(device)))
         if before is not None:
             shift = (before / self._mass(moving).clamp_min(1e-300)).log()
             for device, start, stop in map(self._places.__getitem__, moving):
                 flat[device][start:stop].add_(shift.to(device, torch.float32)).clamp_(-LOG_BOUND, LOG_BOUND)
+        for log_w, is_zero in held:
+            log_w.masked_fill_(is_zero, 0.0)
         n = total(counts).clamp_min(1.0) if counts else sum(p.numel() for p in moving)
         group["signal_scale"] = next_scale(scale, total(sizes) / n)
 

@@ -9,7 +9,7 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import FACES, assert_same, clones, every_face, run, two_layers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -40,6 +40,15 @@ options = st.fixed_dictionaries(
         "maximize": st.booleans(),
     }
 )
+PLAIN = {
+    "drop_rate": 0.0,
+    "kl_weight": 0.0,
+    "drop": "unimportant",
+    "rescale": "inverse",
+    "keep_floor": 0.0,
+    "seed": 0,
+    "maximize": False,
+}
 bases = st.one_of(
     st.fixed_dictionaries(
         {
@@ -188,6 +197,13 @@ def _groups(optimizers):
 
 
 @settings(deadline=None, max_examples=40)
+@example(  # the mirror step by tensor code, the base's by the kernel
+    base=(ImpactAdamW, {"lr": 0.01, "eps": 1e-3}),
+    options={"importance": "lookahead", "hold_zeros": True, "importance_lr": 0.01, **PLAIN},
+    shapes=[(90, 100)],
+    dtype=torch.float64,
+    channels_last=False,
+)
 @given(
     base=bases,
     options=options,
