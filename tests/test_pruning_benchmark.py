@@ -92,7 +92,7 @@ def test_the_page_has_the_tables_that_the_runs_make():
     from tables import filled
 
     page = report.PAGE.read_text()
-    assert page.count("<!-- table ") == 5
+    assert page.count("<!-- table ") == 7
     assert filled(page, report.TABLES) == page
     for name, table in report.TABLES.items():
         assert table().startswith("| "), name  # also where nothing has been run

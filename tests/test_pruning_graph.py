@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import slow
-from masked_networks import deafened, difference, draw, randomised, run
+from masked_networks import deafened, difference, draw, randomised, run, silenced
 from torch import Tensor, nn
 
 import impact_optim.pruning
@@ -672,7 +672,7 @@ class Fixed(nn.Module):
         ("sum", "sum"),
         ("permutation", "index"),
         ("select", "slice"),
-        ("unknown", "aten::fft_fft"),
+        ("unknown", "aten::_fft_r2c"),
         ("positions", "not cut"),
         ("input", "not cut"),
         ("written", "writes"),
@@ -1320,6 +1320,62 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_cut_equals_masked(name: str) -> None:
     check(CASES[name]())
+
+
+class Between(nn.Module):
+    """Two layers, and something between them and a third that only torch's own rules tell of."""
+
+    def __init__(self, between: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.between(F.relu(self.a(x)), torch.tanh(self.b(x))))
+
+
+@pytest.mark.parametrize(
+    ("between", "groups"),
+    [
+        (lambda h, k: torch.vstack([h, k]), ["a"]),
+        (lambda h, k: torch.column_stack([h.T, k.T]).T, ["a"]),
+        (lambda h, k: torch.dstack([h, k]).mean(2), ["a"]),
+        (lambda h, k: torch.vsplit(h, 2)[0] * torch.vsplit(k, 2)[1], ["a"]),
+        (lambda h, k: torch.tensordot(torch.tensordot(h, k, ([0], [0])), h, ([0], [1])).T, ["a", "b"]),
+        (lambda h, k: torch.outer(h.new_ones(4), h[0]) + torch.kron(h.new_ones(4, 1), k[:1]), ["a"]),
+        (lambda h, k: k * torch.inner(h, k).sum(), ["a"]),
+        (lambda h, k: torch.addr(h, h.new_ones(4), k[0]), ["a"]),
+        (lambda h, k: h * F.cosine_similarity(h, k, dim=0), ["a"]),
+        (lambda h, k: h / (1 + torch.linalg.norm(k, dim=0)), ["a"]),
+        (lambda h, k: torch.diff(h, dim=0) + torch.trapezoid(k, dim=0), ["a"]),
+        (lambda h, k: torch.float_power(h, 2.0) + torch.sinc(k), ["a"]),
+        (lambda h, k: torch.special.expit(h) + torch.special.xlog1py(h, k.abs()), ["a"]),
+        (lambda h, k: F.glu(torch.cat([h, k], -1), -1), ["a"]),
+    ],
+)  # fmt: skip
+def test_an_operator_without_a_rule_is_taken_apart(between: Callable[..., Tensor], groups: list[str]) -> None:
+    model = randomised(Between(between))
+    graph, inputs = trace(model, torch.randn(4, 5).double()), (torch.randn(4, 5).double(),)
+    assert list(graph.groups) == groups
+    units = {name: [0, 2, 3, 6][: 3 + position] for position, name in enumerate(groups)}
+    expected = run(deafened(silenced(model, graph, units), graph, units), inputs)
+    cut(model, graph, units)
+    assert difference(expected, run(model, inputs)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (lambda h, k: h * F.cosine_similarity(h, k, dim=-1).unsqueeze(-1), "mixes the units"),
+        (lambda h, k: h * F.pairwise_distance(h, k).unsqueeze(-1), "mixes the units"),
+        (lambda h, k: [h := h.clone(), torch.hsplit(h, 2)[0].mul_(2)][0] + k, "by position"),
+        (lambda h, k: torch.cdist(h, k) @ h, "has no rule"),
+    ],
+)
+def test_what_the_parts_of_an_operator_do_not_allow_is_named(between: Callable[..., Tensor], why: str) -> None:
+    graph = trace(Between(between), torch.randn(4, 5))
+    assert not graph.groups
+    assert why in graph.frozen["a"]
 
 
 @pytest.mark.parametrize("module", [impact_optim.pruning, impact_optim.pruning.schedule])

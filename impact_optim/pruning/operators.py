@@ -1,4 +1,7 @@
-"""What each ATen operator does to labels. An operator without a rule freezes what reaches it."""
+"""What each ATen operator does to labels.
+
+One without a rule is taken apart, as torch makes it of others; where that is not known, it freezes what reaches it.
+"""
 
 from __future__ import annotations
 
@@ -386,15 +389,6 @@ def _attention(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     return run.contract(scores, value, (batch + "nm", batch + "me", batch + "ne"))
 
 
-def _glu(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
-    value, dim = bound["self"], bound["dim"]
-    for labels in value.labels:
-        run.join_over(labels.unflatten(dim, (2, -1)), [dim % labels.dim()])
-    halves = [[labels.chunk(2, dim)[i] for labels in value.labels] for i in (0, 1)]
-    shape = _shape(node)
-    return run.combine(shape, [Value(shape, run.tidy(half)) for half in halves])
-
-
 def _weight_normed(run: Propagation, bound: dict[str, Any], node: Node) -> Value:
     direction, length, dim = bound["v"], bound["g"], bound["dim"]
     run.mix(direction, set(range(len(direction.shape))) - {dim % len(direction.shape)})
@@ -545,7 +539,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["matmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv"], _matmul),
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
-    "glu": _glu,
     "im2col": _unfolded,
     **dict.fromkeys(["grid_sampler", "grid_sampler_2d", "grid_sampler_3d"], _sampled),
     **{"lstm": _recurrent(4), "gru": _recurrent(3), "rnn_tanh": _recurrent(1), "rnn_relu": _recurrent(1)},

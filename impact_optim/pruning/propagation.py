@@ -6,16 +6,18 @@ What each operator does is in :mod:`.operators`; what those rules are made of is
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind
-from torch.fx import Node
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .attributes import may_count_units, surely_counts_units
 from .coupling import PRODUCER, Coupling
@@ -77,33 +79,42 @@ class Propagation(Coupling):
 
     def run(self, program: ExportedProgram) -> None:
         """Carries labels through one program."""
-        specs = iter(program.graph_signature.input_specs)
         values: dict[Node, Any] = {}
         self._memory = {}
-        live = _live(program)
-        for node in program.graph.nodes:
+        inputs = (node for node in program.graph.nodes if node.op == "placeholder")
+        for node, spec in zip(inputs, program.graph_signature.input_specs, strict=True):
+            values[node] = self._placeholder(node, spec.kind, spec.target)
+            if spec.kind == InputKind.CONSTANT_TENSOR:
+                values[node].constant = True
+                values[node].recipe = recipe_of(program.constants.get(spec.target or ""))
+            self._remember(node, values[node])
+        try:
+            outputs = self._walk(program.graph, values)
+        except Mismatch as mismatch:
+            raise Mismatch(mismatch.units, f"{mismatch} ({self.where()})") from None
+        for value in tree_leaves(outputs, is_leaf=is_value):
+            self.freeze(value, "it is an output of the model")
+
+    def _walk(self, graph: Graph, values: dict[Node, Any]) -> Any:
+        """Carries labels from the inputs of a graph, which are known, to its outputs."""
+        live = _live(graph)
+        for node in graph.nodes:
             self._node = node
-            if node.op not in ("placeholder", "output") and node not in live:
+            if node.op == "output":
+                return tree_map_only(Node, values.get, node.args[0])
+            if node in values or node not in live:
                 continue
-            if node.op == "placeholder":
-                spec = next(specs)
-                values[node] = self._placeholder(node, spec.kind, spec.target)
-                if spec.kind == InputKind.CONSTANT_TENSOR:
-                    values[node].constant = True
-                    values[node].recipe = recipe_of(program.constants.get(spec.target or ""))
-            elif node.op == "output":
-                for value in tree_leaves(tree_map_only(Node, values.get, node.args), is_leaf=is_value):
-                    self.freeze(value, "it is an output of the model")
-            elif node.op == "call_function":
-                try:
-                    values[node] = self._call(node, tree_map_only(Node, values.get, (node.args, node.kwargs)))
-                except Mismatch as mismatch:
-                    raise Mismatch(mismatch.units, f"{mismatch} ({self.where()})") from None
+            if node.op == "call_function":
+                values[node] = self._call(node, tree_map_only(Node, values.get, (node.args, node.kwargs)))
             else:
-                values[node] = Value(tuple(getattr(node.meta.get("val"), "shape", ())))
-            val = node.meta.get("val")
-            if isinstance(val, Tensor) and val.layout is torch.strided:
-                self._memory.setdefault(val.untyped_storage()._cdata, []).append((values[node], val))
+                values[node] = blank(node)
+            self._remember(node, values[node])
+
+    def _remember(self, node: Node, value: Any) -> None:
+        """Notes which memory a tensor has."""
+        val = node.meta.get("val")
+        if isinstance(val, Tensor) and val.layout is torch.strided:
+            self._memory.setdefault(val.untyped_storage()._cdata, []).append((value, val))
 
     def module(self) -> str:
         """Qualified name of the module that the current operator runs in."""
@@ -159,8 +170,11 @@ class Propagation(Coupling):
                 for value in given:
                     if not value.weight:
                         self.freeze(value, "nn.MultiheadAttention derives its sizes from embed_dim: see open_heads()")
-            constant = self.transcript.begin(name, given, _numbers(node.target, bound))
             rule = self._rules.get(name)
+            if rule is None and (parts := _parts(node)) is not None:
+                inputs_of = (inner for inner in parts.nodes if inner.op == "placeholder")
+                return self._walk(parts, dict(zip(inputs_of, given, strict=True)))
+            constant = self.transcript.begin(name, given, _numbers(node.target, bound))
             result = rule(self, bound, node) if rule else self.unknown(given, node)
             if in_place and name not in _RENAMED and isinstance(result, Value) and is_value(bound.get("self")):
                 self._written(bound["self"], result, node)
@@ -252,10 +266,43 @@ class Propagation(Coupling):
 Rule = Callable[[Propagation, dict[str, Any], Node], Any]
 
 
-def _live(program: ExportedProgram) -> set[Node]:
+def _parts(node: Node) -> Graph | None:
+    """The operators that torch makes an operator of, if it is made of others.
+
+    The inputs of the graph are the tensors among the arguments, in their order.
+    """
+    target, (leaves, form) = node.target, tree_flatten((node.args, node.kwargs), is_leaf=lambda x: isinstance(x, Node))
+    assert isinstance(target, torch._ops.OpOverload)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
+    given = [leaves[i].meta.get("val") for i in places]
+    if target._schema.is_mutable or not all(isinstance(value, Tensor) for value in given):
+        return None
+
+    def operator(*tensors: Tensor) -> Any:
+        filled = dict(zip(places, tensors, strict=True))
+        args, kwargs = tree_unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)], form)
+        return target(*args, **kwargs)
+
+    known = _decompositions()
+    try:
+        with torch.no_grad():
+            graph = make_fx(operator, {target: known[target]} if target in known else {})(*given).graph
+    except Exception:  # it runs whole, but not in parts without data
+        return None
+    for inner in graph.nodes:
+        if inner.target is target:
+            return None
+        inner.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+    return graph
+
+
+_decompositions = functools.cache(default_decompositions)  # to look into it anew takes 30 ms
+
+
+def _live(graph: Graph) -> set[Node]:
     """Operators that outputs or memory depend on. Code takes numbers for a log out of the others."""
     live: set[Node] = set()
-    for node in reversed(program.graph.nodes):
+    for node in reversed(graph.nodes):
         schema = getattr(node.target, "_schema", None)
         if node.op == "output" or node in live or (schema is not None and schema.is_mutable):
             live.update([node, *node.all_input_nodes])
