@@ -1369,13 +1369,50 @@ def test_an_operator_without_a_rule_is_taken_apart(between: Callable[..., Tensor
         (lambda h, k: h * F.cosine_similarity(h, k, dim=-1).unsqueeze(-1), "mixes the units"),
         (lambda h, k: h * F.pairwise_distance(h, k).unsqueeze(-1), "mixes the units"),
         (lambda h, k: [h := h.clone(), torch.hsplit(h, 2)[0].mul_(2)][0] + k, "by position"),
-        (lambda h, k: torch.cdist(h, k) @ h, "has no rule"),
+        (lambda h, k: torch.cdist(h, k) @ h, "aten::_cdist_forward of aten::cdist in the model has no rule"),
+        (
+            lambda h, k: h + nn.utils.rnn.pad_sequence([torch.arange(8.0)[: h.shape[1]]] * 4, batch_first=True),
+            "not cut",
+        ),
+        (lambda h, k: nn.RNNCell(8, 8)(h, k), "not cut"),
     ],
 )
 def test_what_the_parts_of_an_operator_do_not_allow_is_named(between: Callable[..., Tensor], why: str) -> None:
     graph = trace(Between(between), torch.randn(4, 5))
     assert not graph.groups
     assert why in graph.frozen["a"]
+
+
+def test_layers_of_torch_whose_sizes_no_rule_knows_stay() -> None:
+    model = Run(
+        lambda m, x: m.out(m.cell(h := torch.tanh(m.first(x)), m.cell(h, h))),
+        first=nn.Linear(12, 8),
+        cell=nn.RNNCell(8, 8),
+        out=nn.Linear(8, 3),
+    )
+    graph = trace(model, torch.randn(4, 12))
+    assert not graph.groups
+    assert "rnn_tanh_cell in cell has no rule" in graph.frozen["first"]
+
+
+def test_an_operator_that_draws_numbers_is_not_run() -> None:
+    model = Between(lambda h, k: h * k + torch.normal(0.0, 1.0, (4, 8)))
+    before = torch.random.get_rng_state()
+    graph = trace(model, torch.randn(4, 5, generator=torch.Generator()))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not graph.groups
+
+
+def test_units_that_code_shifts_by_half_their_number_stay() -> None:
+    graph = trace(Between(lambda h, k: h.roll(h.shape[1] // 2, 1) + k), torch.randn(4, 5))
+    assert not graph.groups
+
+
+def test_a_group_of_three_is_rehearsed_with_two_left() -> None:
+    model = nn.Sequential(
+        nn.Linear(5, 3), nn.ReLU(), nn.Unflatten(1, (1, -1)), Run(lambda m, x: x.squeeze()), nn.Linear(3, 2)
+    )
+    assert trace(model, torch.randn(4, 5)).groups.keys() == {"0"}
 
 
 @pytest.mark.parametrize("module", [impact_optim.pruning, impact_optim.pruning.schedule])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
@@ -123,7 +124,8 @@ class Propagation(Coupling):
 
     def where(self) -> str:
         """The current operator and its module, for people."""
-        return f"{self.operator()} in {self.module() or 'the model'}"
+        whole = self._node.meta.get("part_of") if self._node else None
+        return f"{self.operator()}{f' of {whole}' if whole else ''} in {self.module() or 'the model'}"
 
     def operator(self) -> str:
         """The current operator's name."""
@@ -171,7 +173,7 @@ class Propagation(Coupling):
                     if not value.weight:
                         self.freeze(value, "nn.MultiheadAttention derives its sizes from embed_dim: see open_heads()")
             rule = self._rules.get(name)
-            if rule is None and (parts := _parts(node)) is not None:
+            if rule is None and not self._in_counting_layer() and (parts := _parts(node)) is not None:
                 inputs_of = (inner for inner in parts.nodes if inner.op == "placeholder")
                 return self._walk(parts, dict(zip(inputs_of, given, strict=True)))
             constant = self.transcript.begin(name, given, _numbers(node.target, bound))
@@ -197,6 +199,11 @@ class Propagation(Coupling):
             if value.weight:  # nothing that follows tells that a layer has them
                 self.roles[PRODUCER] += [core(labels).reshape(-1).unique() for labels in value.labels]
         return blank(node)
+
+    def _in_counting_layer(self) -> bool:
+        """Whether the current module is a layer of torch's own: of its sizes only the rules of operators know."""
+        module = self.modules.get(self.module())
+        return type(module).__module__.startswith("torch.nn.") and bool(module and module._parameters)
 
     def _in_multihead(self, node: Node) -> bool:
         stack = (node.meta.get("nn_module_stack") or {}).values()
@@ -284,15 +291,20 @@ def _parts(node: Node) -> Graph | None:
         return target(*args, **kwargs)
 
     known = _decompositions()
+    # In the mode of the program: without it, what the operator creates would be real, and other memory in each node.
+    fake = next((leaf.fake_mode for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, FakeTensor)), None)
+    if fake is None:
+        return None
     try:
-        with torch.no_grad():
+        with fake, torch.no_grad():
             graph = make_fx(operator, {target: known[target]} if target in known else {})(*given).graph
     except Exception:  # it runs whole, but not in parts without data
         return None
     for inner in graph.nodes:
-        if inner.target is target:
+        if inner.target is target or inner.op == "get_attr":
             return None
         inner.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+        inner.meta["part_of"] = node.meta.get("part_of", target._schema.name)
     return graph
 
 

@@ -247,13 +247,18 @@ def _failed(model: nn.Module, error: Exception) -> Fault:
 
 
 def _sample(graph: UnitGraph) -> dict[str, Tensor]:
-    """Units to rehearse with: the first, the last and others, a different number in each group."""
+    """Units to rehearse with: at both ends, but not alike, and others; a different number in each group.
+
+    Two are left where there are three or more: what a single one is, nothing tells from what is not cut.
+    """
     generator = torch.Generator().manual_seed(0)
     units = {}
     for position, (name, group) in enumerate(graph.groups.items()):
-        ends = torch.tensor([0, group.size - 1] if group.size > 2 else [1])
-        inner = 1 + torch.randperm(max(0, group.size - 2), generator=generator)
-        units[name] = torch.cat([ends, inner[: (7 * position) % max(1, (group.size - 1) // 2)]])
+        first, last = (2, 1) if group.size > 4 else (1, int(group.size == 4))
+        inner = first + torch.randperm(max(0, group.size - first - last), generator=generator)
+        others = inner[: max(0, (7 * position) % max(1, (group.size - 1) // 2) - 2)]
+        every = torch.arange(group.size)
+        units[name] = torch.cat([every[:first], others, every[group.size - last :]])
     return units
 
 
