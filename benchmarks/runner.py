@@ -232,7 +232,7 @@ class Plan:
 
         Args:
             description: what it says of itself.
-            unasked: tasks that are only trained when they are named, as their data set has to be fetched first.
+            unasked: tasks that are only trained when they are named: they take long, or their data have to be fetched.
         """
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         usual = [name for name in self.tasks if name not in unasked]
