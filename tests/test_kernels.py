@@ -62,7 +62,7 @@ bases = st.one_of(
     st.fixed_dictionaries(
         {
             "lr": st.floats(1e-3, 0.1),
-            "eps": st.just(1e-3),  # what divides by a gradient near 0 would enlarge its rounding without bound
+            "eps": st.just(1e-2),  # what divides by a gradient near 0 would enlarge its rounding without bound
             "weight_decay": st.sampled_from([0.0, 0.1]),
             "amsgrad": st.booleans(),
         }
@@ -198,7 +198,7 @@ def _groups(optimizers):
 
 @settings(deadline=None, max_examples=40)
 @example(  # the mirror step by tensor code, the base's by the kernel
-    base=(ImpactAdamW, {"lr": 0.01, "eps": 1e-3}),
+    base=(ImpactAdamW, {"lr": 0.01, "eps": 1e-2}),
     options={"importance": "lookahead", "hold_zeros": True, "importance_lr": 0.01, **PLAIN},
     shapes=[(90, 100)],
     dtype=torch.float64,
