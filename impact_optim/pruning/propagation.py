@@ -292,7 +292,7 @@ def _parts(node: Node) -> Graph | None:
 
     known = _decompositions()
     # In the mode of the program: without it, what the operator creates would be real, and other memory in each node.
-    fake = next((leaf.fake_mode for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, FakeTensor)), None)
+    fake = next((leaf.fake_mode for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, FakeTensor)), None)
     if fake is None:
         return None
     try:
