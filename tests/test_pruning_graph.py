@@ -1374,7 +1374,6 @@ def test_an_operator_without_a_rule_is_taken_apart(between: Callable[..., Tensor
             lambda h, k: h + nn.utils.rnn.pad_sequence([torch.arange(8.0)[: h.shape[1]]] * 4, batch_first=True),
             "not cut",
         ),
-        (lambda h, k: nn.RNNCell(8, 8)(h, k), "not cut"),
     ],
 )
 def test_what_the_parts_of_an_operator_do_not_allow_is_named(between: Callable[..., Tensor], why: str) -> None:
@@ -1408,10 +1407,19 @@ def test_units_that_code_shifts_by_half_their_number_stay() -> None:
     assert not graph.groups
 
 
-def test_a_group_of_three_is_rehearsed_with_two_left() -> None:
-    model = nn.Sequential(
-        nn.Linear(5, 3), nn.ReLU(), nn.Unflatten(1, (1, -1)), Run(lambda m, x: x.squeeze()), nn.Linear(3, 2)
+def test_groups_that_must_lose_as_many_stay() -> None:
+    model = Run(
+        lambda m, x: m.c(F.relu(m.a(x)) * x.new_ones(m.b(x).shape[1])) + m.d(F.relu(m.b(x))),
+        a=nn.Linear(5, 8),
+        b=nn.Linear(5, 8),
+        c=nn.Linear(8, 3),
+        d=nn.Linear(8, 3),
     )
+    assert not trace(model, torch.randn(4, 5)).groups
+
+
+def test_a_group_of_three_is_rehearsed_with_two_left() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), Run(lambda m, x: x.relu().unsqueeze(1).squeeze()), nn.Linear(3, 2))
     assert trace(model, torch.randn(4, 5)).groups.keys() == {"0"}
 
 
